@@ -1,0 +1,37 @@
+"""What a grader says about one completion."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Word = Literal[
+    "accepted",
+    "wrong answer",
+    "time limit",
+    "memory limit",
+    "runtime error",
+    "compile error",
+    "no code",
+    "no answer",
+    "grader timeout",
+    "grader error",
+    "sandbox error",
+]
+WORDS: tuple[str, ...] = get_args(Word)
+UNGRADABLE = frozenset({"grader timeout", "grader error", "sandbox error"})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`correct` is None where the grader failed, not the model: such samples are excluded and raise an alarm.
+
+    `grader` names what judged, such as "math:integer" or "code:landlock"; `detail` is one short line for people.
+    """
+
+    verdict: str
+    correct: bool | None
+    grader: str
+    detail: str = ""
+
+    @classmethod
+    def of(cls, word: Word, grader: str, detail: str = "") -> "Verdict":
+        return cls(word, None if word in UNGRADABLE else word == "accepted", grader, detail)
