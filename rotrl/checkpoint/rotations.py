@@ -1,0 +1,99 @@
+"""rotations.safetensors: one float32 rotation per tensor and side, with what they apply to in the metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rotrl.checkpoint.files import whole_file
+from rotrl.errors import CheckpointError
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`left @ W @ right` for W (out=m, in=n): left is (m, m), right (n, n), None stands for the identity."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The rotated weight, in float32 or better."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if self.left is not None:
+            weight = self.left.to(weight) @ weight
+        if self.right is not None:
+            weight = weight @ self.right.to(weight)
+        return weight
+
+
+@dataclass(frozen=True)
+class RotationsFile:
+    """An open rotations file; rotations are read when asked for."""
+
+    path: Path
+    metadata: dict[str, str]
+    names: tuple[str, ...]
+
+    @property
+    def source(self) -> dict:
+        """The weights that the rotations apply to: {"model": "base"}, {"expert": name} or {"merge": config}."""
+        return json.loads(self.metadata["source"])
+
+    def get(self, name: str) -> Rotation | None:
+        """The rotation of the tensor `name`, None where there is none."""
+        if name not in self.names:
+            return None
+        with safe_open(self.path, framework="pt") as handle:
+            stored = set(handle.keys())
+            found = {side: handle.get_tensor(f"{name}.{side}").clone() for side in SIDES if f"{name}.{side}" in stored}
+        for side, matrix in found.items():
+            if not matrix.isfinite().all():
+                raise CheckpointError(f"{self.path}: '{name}.{side}' holds NaN or Inf; run the alignment again")
+        return Rotation(**found)
+
+
+def save_rotations(path: Path, rotations: Mapping[str, Rotation], metadata: Mapping[str, str]) -> None:
+    """Writes the file whole or not at all; entries `<tensor>.left` and `<tensor>.right`, float32."""
+    entries = {
+        f"{name}.{side}": matrix.detach().to("cpu", torch.float32).contiguous()
+        for name, rotation in rotations.items()
+        for side in SIDES
+        if (matrix := getattr(rotation, side)) is not None
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        save_file(entries, temporary, metadata=dict(metadata))
+
+
+def open_rotations(path: Path | str) -> RotationsFile:
+    """Opens and checks names, shapes and metadata; CheckpointError names the file and the entry."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: rotations file does not exist; run the align stage or give its path")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = dict(handle.metadata() or {})
+            shapes = {entry: tuple(handle.get_slice(entry).get_shape()) for entry in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); run the alignment again") from error
+    problems = []
+    for entry, shape in shapes.items():
+        if entry.rpartition(".")[2] not in SIDES:
+            problems.append(f"'{entry}' does not end in .left or .right")
+        elif len(shape) != 2 or shape[0] != shape[1]:
+            problems.append(f"'{entry}' has shape {list(shape)}, a square matrix is expected")
+    try:
+        json.loads(metadata["source"])
+    except (KeyError, ValueError):
+        problems.append("metadata 'source' is absent or not JSON")
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}; run the alignment again")
+    return RotationsFile(path, metadata, tuple(sorted({entry.rpartition(".")[0] for entry in shapes})))
