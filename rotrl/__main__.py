@@ -1,0 +1,57 @@
+"""python -m rotrl: compose the configuration, run it, and turn every outcome into one exit code.
+
+0 done; 2 the input is at fault (one line, `error: ...`); 1 a bug (a traceback); 130 interrupted.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from rotrl import config
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def task(cfg: "DictConfig") -> None:
+    """One job. It raises and never exits, so that a failed job of a multirun leaves the others running."""
+    from rotrl.app.main import main as run_job
+
+    run_job(cfg)
+
+
+def main() -> None:
+    sys.exit(_main())
+
+
+def _main() -> int:
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the mapping below is the only one
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interruption like Ctrl-C
+    config.register()
+    run = hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="config")(task)
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+def explain(error: Exception) -> int:
+    """Prints the one line of an error that the user can mend, the traceback of any other; gives the exit code."""
+    known = config.user_error(error, sys.argv[1:])
+    if known is None or "debug=true" in sys.argv:
+        traceback.print_exception(error)
+    if known is not None:
+        print(f"error: {known}", file=sys.stderr)
+    return 1 if known is None else 2
+
+
+if __name__ == "__main__":
+    main()

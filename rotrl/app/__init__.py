@@ -1,0 +1,1 @@
+"""The composition: locate the models, plan, run the stages, report."""

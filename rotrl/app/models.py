@@ -1,0 +1,72 @@
+"""Where models are: a local folder, `models.root`, or the hub (offline: one line that says how to give a folder)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rotrl.errors import CheckpointError
+
+WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def locate(name: str, spec: Any, root: str | None = None, *, download: bool = True) -> Path:
+    """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or an instantiated path.
+
+    Order: an existing folder; `root/NAME` or `root/ORG/NAME`; the hub's cache; a download.
+    Raises CheckpointError where none of them has it.
+    """
+    if spec is None:
+        raise CheckpointError(f"models.{name} is not set; give a folder or a hub id: models.{name}=DIR")
+    text = str(spec)
+    repo, _, revision = text.partition("@")
+    candidates = [Path(text).expanduser()]
+    if root is not None:
+        candidates += [Path(root) / repo.rsplit("/", 1)[-1], Path(root) / repo]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder.resolve()
+    looks_like_id = repo.count("/") == 1 and not repo.startswith((".", "/", "~"))
+    if not looks_like_id:
+        raise CheckpointError(f"{name}: no folder {text!r}; give one that holds config.json and *.safetensors")
+    return _from_hub(name, repo, revision or None, download=download)
+
+
+def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(repo, revision=revision, allow_patterns=WEIGHT_FILES, local_files_only=not download)
+    except Exception as error:  # huggingface_hub raises many kinds for "no network", "no such repo", "gated"
+        last = repo.rsplit("/", 1)[-1]
+        override = f"models.{name}=DIR" if "." not in name else f"'{_dict_override(name)}'"
+        raise CheckpointError(
+            f"{name}: {repo} is neither in the hub's cache nor reachable ({type(error).__name__}); "
+            f"give a local folder: models.root=DIR (holding {last}/) or {override}"
+        ) from error
+    return Path(path)
+
+
+def _dict_override(name: str) -> str:
+    group, expert = name.split(".", 1)
+    return f"models.{group}.{expert}=DIR"
+
+
+def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, dict[str, Path], dict[str, Path]]:
+    """Folders of the base, the experts and the controls; every model that is missing is named at once."""
+    problems: list[str] = []
+
+    def find(name: str, spec: Any) -> Path:
+        try:
+            return locate(name, spec, cfg.get("root"), download=download)
+        except CheckpointError as error:
+            problems.append(str(error))
+            return Path()
+
+    base = find("base", cfg.get("base"))
+    experts = {name: find(f"experts.{name}", spec) for name, spec in (cfg.get("experts") or {}).items()}
+    controls = {name: find(f"controls.{name}", spec) for name, spec in (cfg.get("controls") or {}).items()}
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    if not experts:
+        raise CheckpointError("models.experts is empty; give at least one: 'models.experts={math: DIR, code: DIR}'")
+    return base, experts, controls
