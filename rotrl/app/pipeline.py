@@ -1,0 +1,264 @@
+"""The stages in order. Each reads the files of those before it and ends in files of its own."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rotrl.app import provenance
+from rotrl.app.prepare import Prepared, prepare
+from rotrl.app.stage import Stages, digest
+from rotrl.errors import ConfigError
+from rotrl.report.record import Record
+
+
+@dataclass
+class Run:
+    """What the stages share: the checked input, the run folder, the record and the terminal."""
+
+    prepared: Prepared
+    folder: Path
+    record: Record
+    stages: Stages
+    console: Console
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        return self.prepared.cfg
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cfg["cache_dir"])
+
+    def log(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar; gives the callable (done, total) that moves it."""
+        columns = (TextColumn("{task.description:<22}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any]:
+    """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
+    console = Console()
+    prepared = prepare(cfg)
+    folder = settle(prepared, folder)
+    record = Record(folder / "record.json")
+    if record.data.get("status") == "done":
+        console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
+        show(record.data, console)
+        return record.data
+    stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
+    job = Run(prepared, folder, record, stages, console)
+    console.print(f"run folder {folder}", highlight=False)
+    record.data = provenance.start(prepared, command)
+    record.save()
+    try:
+        evidence(job)
+        align(job)
+        merge(job)
+        evaluate(job)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        record.data |= {
+            "status": "interrupted" if interrupted else "failed",
+            "error": str(error),
+            "stages": stages.done,
+        }
+        record.save()
+        raise
+    finish(job)
+    return record.data
+
+
+def settle(prepared: Prepared, folder: Path | None) -> Path:
+    """The run folder. A folder that the user named and that holds another run is refused, naming what differs; in a
+    multirun, which numbers its folders, the older run is moved aside."""
+    cfg, key = prepared.cfg, prepared.digest
+    numbered = folder is not None and cfg["run_dir"] is None
+    folder = folder or Path("outputs") / cfg["name"] / key[:12]
+    if not (folder / "record.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    old = Record(folder / "record.json").data
+    if cfg["overwrite"] or (numbered and old["digest"] != key):
+        folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
+        folder.mkdir(parents=True)
+    elif old["digest"] != key:
+        changed = provenance.differing_keys(old, prepared)
+        raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
+    return folder
+
+
+def evidence(job: Run) -> None:
+    """Lineage and geometry: what the weights alone say."""
+    settings, models = job.cfg["evidence"], job.prepared
+    packages = ("linalg", "checkpoint", "evidence")
+    if settings.get("lineage"):
+        from rotrl.evidence.lineage import lineage
+
+        def find_lineage(out: Path) -> dict[str, Any]:
+            with job.bar("lineage") as progress:
+                return lineage(models.base, models.experts, out / "evidence", progress=progress)
+
+        job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
+        job.log(f"lineage: {job.record.data['lineage']['words']}")
+    if settings.get("geometry"):
+        tuned = {**models.experts, **models.controls}
+        inputs = [settings["geometry"], models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
+
+        def measure(out: Path) -> dict[str, Any]:
+            with job.bar("geometry") as progress:
+                stage = instantiate(settings["geometry"])
+                return stage(models.base, tuned, out / "evidence", seed=job.cfg["seed"], progress=progress)
+
+        job.record.data["geometry"] = job.stages.run("geometry", inputs, packages, measure)
+        job.log(f"geometry: {job.record.data['geometry']['verdict']}")
+
+
+def rollouts(job: Run) -> dict[str, Path] | None:
+    """Samples of every teacher on its own prompts, made once by vLLM and kept by weight hash."""
+    models = job.prepared
+    if not models.prompts:
+        return None
+    from rotrl.evaluate.rollouts import rollouts as sample
+
+    settings = job.cfg["align"]["samples"]
+    start = time.monotonic()
+    with job.bar("rollouts") as progress:
+        files = sample(
+            {name: models.experts[name].path for name in models.prompts},
+            models.prompts,
+            weights=models.weights,
+            n=settings["n"],
+            sampling=settings["sampling"],
+            engine=job.cfg["engine"],
+            cache=job.cache,
+            seed=job.cfg["seed"],
+            progress=progress,
+        )
+    job.stages.record(
+        "rollouts", digest({n: file_hash(f) for n, f in files.items()}), time.monotonic() - start, reused=False
+    )
+    return files
+
+
+def align(job: Run) -> None:
+    """Rotations that align models to each other, closed form or learned."""
+    settings, models = job.cfg["align"], job.prepared
+    if settings is None:
+        return
+    files = rollouts(job)
+    inputs = [settings, job.cfg["trainer"], job.cfg["seed"], models.weights]
+    inputs.append({name: file_hash(path) for name, path in (files or {}).items()})
+
+    def fit(out: Path) -> dict[str, Any]:
+        with job.bar("align") as progress:
+            stage = instantiate({key: value for key, value in settings.items() if key != "samples"})
+            shared = {"rollouts": files, "trainer": job.cfg["trainer"], "seed": job.cfg["seed"], "progress": progress}
+            return stage(models.base, models.experts, out, **shared)
+
+    packages = ("linalg", "checkpoint", "merge", "align")
+    job.record.data["align"] = job.stages.run("align", inputs, packages, fit)
+
+
+def merge(job: Run) -> None:
+    """Every merge of the suite, each to a checkpoint of its own, kept where its fingerprint still holds."""
+    from rotrl.merge.engine import merge as write_merge
+
+    models, rotations = job.prepared, job.folder / "rotations.safetensors"
+    merges = job.record.data.setdefault("merges", {})
+    for label, method in models.methods.items():
+        target = target_of(job, label)
+        with job.bar(f"merge {label}") as progress:
+            result = write_merge(
+                models.base,
+                models.experts,
+                method,
+                target,
+                dtype=job.cfg["dtype"],
+                rotations=rotations if rotations.is_file() else None,
+                overwrite=job.cfg["overwrite"],
+                progress=progress,
+            )
+        merges[label] = {**result, "path": str(target), "config": method.config}
+        job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
+        job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
+        job.record.save()
+
+
+def target_of(job: Run, label: str) -> Path:
+    root = Path(job.cfg["output"]) if job.cfg["output"] else job.folder / "merged"
+    return root if len(job.prepared.methods) == 1 else root / label
+
+
+def evaluate(job: Run) -> None:
+    """Base, experts and merges on equal terms: one engine, the same prompts, paired comparisons."""
+    if not job.prepared.tasks:
+        return
+    from rotrl.evaluate.run import evaluate as score
+
+    models, merges = job.prepared, job.record.data.get("merges", {})
+    experts = dict.fromkeys(models.experts, "expert")
+    with job.bar("evaluate") as progress:
+        result = score(
+            {
+                "base": models.base.path,
+                **{name: model.path for name, model in models.experts.items()},
+                **{label: Path(made["path"]) for label, made in merges.items()},
+            },
+            models.tasks,
+            protocol=job.cfg["protocol"],
+            engine=job.cfg["engine"],
+            sandbox=job.cfg["evaluation"]["sandbox"],
+            roles={"base": "base", **experts, **dict.fromkeys(merges, "merge")},
+            weights={**models.weights, **{label: made["sha256"] for label, made in merges.items()}},
+            cache=job.cache,
+            out=job.folder,
+            seed=job.cfg["seed"],
+            progress=progress,
+        )
+    data = job.record.data
+    data |= {key: result[key] for key in ("scores", "comparisons", "sandbox_level", "prompt_sha256")}
+    data["warnings"] += result["alarms"]
+    key = digest([models.weights, merges, job.cfg["protocol"]])
+    job.stages.record("evaluate", key, result["seconds"], reused=result["generated"] == 0)
+    data["stages"] = job.stages.done
+    data["stages"]["evaluate"] |= {k: result[k] for k in ("generated", "reused", "tokens_per_second")}
+    job.log(f"evaluate: {result['generated']} samples generated, {result['reused']} reused")
+
+
+def finish(job: Run) -> None:
+    """The record is complete; the figures, the page, the table and W&B are projections of it."""
+    from rotrl.report import figures, html, tracker
+
+    data = job.record.data
+    data |= {"status": "done", "finished": provenance.now(), "stages": job.stages.done}
+    job.record.save()
+    figures.draw(data, job.folder)
+    page = html.render(data, job.folder)
+    show(data, job.console)
+    job.log(f"report: {page}")
+    if job.cfg["logger"]:
+        tracker.log(data, job.folder, job.cfg["logger"])
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    from rotrl.report import table
+
+    table.show(record, console)
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

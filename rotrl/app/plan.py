@@ -1,0 +1,116 @@
+"""`plan_only=true`: what would be read, computed, written and sampled. Touches nothing."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rotrl.app.models import locate_all
+from rotrl.app.prepare import Prepared, bind_methods, load_tasks, prepare
+from rotrl.errors import RotrlError
+from rotrl.evaluate.task import Task
+
+
+def show_plan(cfg: dict[str, Any]) -> None:
+    """Prints the plan. Models that are not on this machine are named, and the rest is planned from the configuration."""
+    console = Console()
+    try:
+        locate_all(cfg["models"], download=False)
+    except RotrlError as missing:
+        methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
+        console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
+        _stages(cfg, list(methods), console)
+        _evaluation(cfg, _tasks_or_reason(cfg, console), 1 + len(cfg["models"]["experts"]) + len(methods), console)
+        return
+    prepared = prepare(cfg)
+    _models(prepared, console)
+    _stages(cfg, list(prepared.methods), console)
+    _merges(prepared, console)
+    _evaluation(cfg, prepared.tasks, 1 + len(prepared.experts) + len(prepared.methods), console)
+
+
+def _models(prepared: Prepared, console: Console) -> None:
+    table = Table("model", "tensors", "matrices", "GB", "dtype", "folder", title="models", title_justify="left")
+    from rotrl.checkpoint.layout import role_of
+
+    for name, model in {"base": prepared.base, **prepared.experts, **prepared.controls}.items():
+        infos = model.tensors
+        size = sum(_numel(info.shape) * info.dtype.itemsize for info in infos.values())
+        matrices = sum(role_of(key, info.shape).is_matrix for key, info in infos.items())
+        dtypes = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
+        table.add_row(name, str(len(infos)), str(matrices), f"{size / 1e9:.3f}", dtypes, str(model.path))
+    console.print(table)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _stages(cfg: Mapping[str, Any], labels: list[str], console: Console) -> None:
+    evidence = [key for key in ("lineage", "geometry") if cfg["evidence"].get(key)]
+    align = cfg["align"]
+    target = align["_target_"].rsplit(".", 1)[-1] if align else "none"
+    console.print("[bold]stages[/bold]")
+    console.print(f"  evidence  {', '.join(evidence) or 'none'}", highlight=False)
+    console.print(f"  align     {target}{_align_details(align)}", highlight=False)
+    console.print(f"  merge     {', '.join(labels) or 'none'}", highlight=False)
+
+
+def _align_details(align: Mapping[str, Any] | None) -> str:
+    if align is None:
+        return ""
+    keys = ("source", "teachers", "steps")
+    return " (" + ", ".join(f"{key} {align[key]}" for key in keys if key in align) + ")"
+
+
+def _merges(prepared: Prepared, console: Console) -> None:
+    from rotrl.merge.engine import plan_merge
+
+    warnings, total = [], 0
+    for label, method in prepared.methods.items():
+        plan = plan_merge(prepared.base, prepared.experts, method)
+        total += plan["bytes"]
+        warnings += [f"{label}: {text}" for text in plan["warnings"]]
+    free = shutil.disk_usage(_existing(Path(prepared.cfg["output"] or "."))).free
+    console.print(f"  writes    {total / 1e9:.3f} GB of {free / 1e9:.0f} GB free", highlight=False)
+    for text in warnings:
+        console.print(f"  note      {text}", highlight=False, markup=False)
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _tasks_or_reason(cfg: Mapping[str, Any], console: Console) -> list[Task]:
+    try:
+        return load_tasks(cfg)
+    except Exception as error:  # a benchmark that is not on this machine; the rest of the plan still stands
+        from rotrl import config
+
+        console.print(f"  tasks     {config.user_error(error, []) or error}", highlight=False, markup=False)
+        return []
+
+
+def _evaluation(cfg: Mapping[str, Any], tasks: list[Task], models: int, console: Console) -> None:
+    """Requests, the token budget, and the smallest difference between two models that n samples can show."""
+    from rotrl.evaluate.statistics import smallest_visible_difference
+
+    if not tasks:
+        return
+    protocol = cfg["protocol"]
+    table = Table("task", "problems", "n", "requests", "tokens at most", "smallest visible difference")
+    for task in tasks:
+        n = protocol["n"] if isinstance(protocol["n"], int) else protocol["n"][task.name]
+        requests = len(task.problems) * n * models
+        visible = smallest_visible_difference(len(task.problems), n)
+        tokens = f"{requests * protocol['max_tokens']:,}"
+        table.add_row(task.name, str(len(task.problems)), str(n), f"{requests:,}", tokens, f"{visible:.3f}")
+    console.print(f"[bold]evaluation[/bold] of {models} models; difference at power .8, paired by problem")
+    console.print(table)

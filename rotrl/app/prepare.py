@@ -1,0 +1,128 @@
+"""Everything that can be wrong with the input is found here, before a byte is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rotrl.app.models import locate_all
+from rotrl.app.stage import digest, source_digest
+from rotrl.checkpoint.reader import Checkpoint, check_family, open_checkpoint
+from rotrl.errors import ConfigError
+from rotrl.evaluate.task import Task, custom
+from rotrl.merge.method import Method, bind
+
+# Keys that say where and how a run is shown, not what it computes.
+PRESENTATION = (
+    "name",
+    "run_dir",
+    "cache_dir",
+    "output",
+    "plan_only",
+    "overwrite",
+    "debug",
+    "logger",
+    "verify",
+    "doctor",
+)
+PACKAGES = ("linalg", "checkpoint", "merge", "align", "evidence", "evaluate")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The checked input of a run. `prompts` holds what each teacher is sampled on, if alignment needs samples."""
+
+    cfg: dict[str, Any]
+    base: Checkpoint
+    experts: dict[str, Checkpoint]
+    controls: dict[str, Checkpoint]
+    methods: dict[str, Method]
+    tasks: list[Task]
+    prompts: dict[str, Task] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        return {name: model.sha256 for name, model in {"base": self.base, **self.experts}.items()}
+
+    @property
+    def digest(self) -> str:
+        """Names the run folder: the same inputs and code give the same folder, whatever the paths are."""
+        settings = {key: value for key, value in self.cfg.items() if key not in (*PRESENTATION, "models")}
+        controls = {name: model.sha256 for name, model in self.controls.items()}
+        prompts = {name: [p.id for p in task.problems] for name, task in self.prompts.items()}
+        return digest([settings, self.weights, controls, prompts, source_digest(PACKAGES)])
+
+    def teachers(self) -> list[str]:
+        """The experts that alignment samples from and distils."""
+        if self.cfg["align"] is None:
+            return []
+        chosen = self.cfg["align"].get("teachers", "all")
+        return list(self.experts) if chosen == "all" else list(chosen)
+
+
+def prepare(cfg: dict[str, Any]) -> Prepared:
+    """Opens the models (headers only), binds the methods, loads the tasks. Raises the first fault of each kind."""
+    methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
+    folders = locate_all(cfg["models"])
+    base = open_checkpoint(folders[0])
+    experts, controls = ({name: open_checkpoint(path) for name, path in group.items()} for group in folders[1:])
+    check_family(base, {**experts, **controls})
+    check_names(experts, methods)
+    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), {})
+    check_align(prepared)
+    return Prepared(cfg, base, experts, controls, methods, prepared.tasks, load_prompts(prepared))
+
+
+def bind_methods(merge: Mapping[str, Any] | None, experts: list[str]) -> dict[str, Method]:
+    """{label: method}: one for a single method, labelled by its name, or one per entry of a suite."""
+    if not merge:
+        return {}
+    if "_target_" in merge:
+        method = bind(dict(merge), experts)
+        return {method.name: method}
+    for label, entry in merge.items():
+        if not isinstance(entry, Mapping) or "_target_" not in entry:
+            raise ConfigError(f"merge.{label} is not a method: it has no _target_ (a suite maps labels to methods)")
+    return {label: bind(dict(entry), experts) for label, entry in merge.items()}
+
+
+def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]) -> None:
+    if taken := ({"base"} & experts.keys()) | (methods.keys() & {"base", *experts}):
+        raise ConfigError(
+            f"the name {sorted(taken)[0]!r} stands for two models; rename the expert or the suite's label"
+        )
+
+
+def check_align(prepared: Prepared) -> None:
+    """Unknown teachers, and rotations that a merge needs but nothing gives."""
+    if unknown := [name for name in prepared.teachers() if name not in prepared.experts]:
+        raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: {', '.join(prepared.experts)}")
+    waiting = [label for label, method in prepared.methods.items() if method.needs_rotations]
+    if waiting and prepared.cfg["align"] is None:
+        raise ConfigError(
+            f"merge {waiting[0]!r} applies rotations and align is none; choose align=stiefel or procrustes"
+        )
+
+
+def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
+    from hydra.utils import instantiate
+
+    if cfg["evaluation"] is None:
+        return []
+    return [instantiate(node) for node in cfg["evaluation"]["tasks"].values()]
+
+
+def load_prompts(prepared: Prepared) -> dict[str, Task]:
+    """The training prompts of each teacher, where alignment works on samples."""
+    from hydra.utils import instantiate
+
+    align = prepared.cfg["align"]
+    if align is None or not align.get("samples"):
+        return {}
+    given = prepared.cfg["models"].get("prompts") or {}
+    prompts = {}
+    for name in prepared.teachers():
+        if name not in given:
+            raise ConfigError(f"models.prompts.{name} is not set: align samples {name!r} on it (a jsonl or a task)")
+        node = given[name]
+        prompts[name] = custom(node) if isinstance(node, str) else instantiate(node)
+    return prompts

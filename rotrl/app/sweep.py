@@ -1,0 +1,50 @@
+"""Multirun: an error line per failed job as it happens, one table over all jobs at the end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from rotrl import config
+
+
+class SweepCallback(Callback):
+    """Hydra calls on_multirun_end only when every job succeeded; `finish` is called in any case by `__main__`."""
+
+    folder: Path | None = None  # of the multirun in progress
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        SweepCallback.folder = Path(config.hydra.sweep.dir)
+
+    def on_job_start(self, config: Any, **kwargs: Any) -> None:
+        if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
+            print(f"\njob {config.hydra.job.num}: {config.hydra.job.override_dirname}", flush=True)
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        from hydra.core.utils import JobStatus
+
+        if job_return.status == JobStatus.FAILED and SweepCallback.folder is not None:
+            error = job_return._return_value
+            print(f"job {config.hydra.job.num} failed: {_line(error)}", file=sys.stderr)
+
+
+def _line(error: BaseException) -> str:
+    return config.user_error(error, sys.argv[1:]) or repr(error)
+
+
+def show_table() -> None:
+    """The table over the jobs of the multirun that just ended, whether or not all of them succeeded."""
+    folder = SweepCallback.folder
+    if folder is None or not folder.is_dir():
+        return
+    import json
+
+    from rich.console import Console
+
+    from rotrl.report.table import sweep_table
+
+    paths = [p for p in folder.glob("*/record.json") if p.parent.name.isdigit()]
+    records = [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+    if records:
+        sweep_table(records, Console())
