@@ -71,22 +71,70 @@ def coordinates(W0: Tensor | Basis, D: Tensor) -> Coordinates:
     return coordinates(Basis(V, s, U), D.mT).mT
 
 
-def nu(W0: Tensor, D: Tensor) -> Tensor:
-    """||s(W1) - s(W0)|| sqrt(max(m, n)) / ||D||: 1 for a small random D, 0 for a rotation."""
-    return _shift(W0, D) * max(D.shape[-2:]) ** 0.5 / torch.linalg.matrix_norm(D.double())
+def nu(before: Tensor, after: Tensor, D: Tensor) -> Tensor:
+    """||s(W1) - s(W0)|| sqrt(max(m, n)) / ||D|| from the singular values: 1 for a small random D, 0 for a rotation."""
+    shift = torch.linalg.vector_norm(after - before, dim=-1)
+    return shift * max(D.shape[-2:]) ** 0.5 / torch.linalg.matrix_norm(D.double())
 
 
-def nss(W0: Tensor, D: Tensor) -> Tensor:
-    """Normalised spectral shift ||s(W1) - s(W0)|| / ||s(W0)|| (arXiv 2511.08567). Measures the size of D above all."""
-    return _shift(W0, D) / torch.linalg.matrix_norm(W0.double())
-
-
-def _shift(W0: Tensor, D: Tensor) -> Tensor:
-    before = torch.linalg.svdvals(W0.double())
-    return torch.linalg.vector_norm(torch.linalg.svdvals(W0.double() + D.double()) - before, dim=-1)
+def nss(before: Tensor, after: Tensor) -> Tensor:
+    """Normalised spectral shift ||s(W1) - s(W0)|| / ||s(W0)|| (arXiv 2511.08567): above all the size of D."""
+    return torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
 
 
 def rho(W0: Tensor, D: Tensor) -> Tensor:
     """-2 <W0, D> / ||D||^2: 1 for every norm-preserving update, 0 for a random one. Weight decay confounds it."""
     W0, D = W0.double(), D.double()
     return -2 * (W0 * D).sum((-2, -1)) / D.square().sum((-2, -1))
+
+
+def gram_drift(W0: Tensor, D: Tensor, c: Coordinates, *, side: Side) -> Tensor:
+    """||W1^T W1 - W0^T W0||^2 (left) or ||W1 W1^T - W0 W0^T||^2 (right) over its mean under sign flips of T.
+
+    c are the coordinates of D. 0 for a finite rotation on that side, 1 for random D, above 1 for a stretch.
+    """
+    if side == "right":
+        return gram_drift(W0.mT, D.mT, c.mT, side="left")
+    W0, D = W0.double(), D.double()
+    m, n = D.shape[-2:]
+    if n <= m:
+        first = W0.mT @ D
+        drift = (first + first.mT + D.mT @ D).square().sum((-2, -1))
+    else:  # the same by traces of (m, m) products: W1^T W1 - W0^T W0 = W0^T D + D^T W1
+        W1 = W0 + D
+        energy, cross = D @ D.mT, (W0 @ D.mT) * (W1 @ D.mT).mT
+        drift = ((W0 @ W0.mT + W1 @ W1.mT) * energy + 2 * cross).sum((-2, -1))
+    return drift / _mean_gram_drift(c)
+
+
+def _mean_gram_drift(c: Coordinates) -> Tensor:
+    """E ||S^T T + T^T S + T^T T||^2 over independent signs of T.
+
+    = 2 sum s_i^2 T_ij^2 (twice on the diagonal) + sum_j col_j^2 + sum_i row_i^2 - sum T_ij^4, where col and row are the
+    energies of T's columns and rows. Exact for square matrices; the free block counts as evenly spread.
+    """
+    C, s2, r = c.T.square(), c.s.square(), c.s.shape[-1]
+    m, n = c.shape
+    first = 2 * ((C.sum(-1) + C.diagonal(dim1=-2, dim2=-1) + c.beside) * s2).sum(-1)
+    second = (C.sum(-2) + c.below).square().sum(-1) + (C.sum(-1) + c.beside).square().sum(-1) - C.square().sum((-2, -1))
+    for block, extent in ((c.below, m - r), (c.beside, n - r)):
+        if extent:
+            second = second + (block.sum(-1).square() - block.square().sum(-1)) / extent
+    return first + second
+
+
+def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
+    """Angles in radians, ascending, between the spans of the orthonormal columns X and Y (..., d, k).
+
+    Small ones from sines, large ones from cosines: either alone loses half the digits (Bjorck and Golub 1973).
+    """
+    overlap = X.mT @ Y
+    cosine = torch.linalg.svdvals(overlap).clamp(max=1.0)
+    sine = torch.linalg.svdvals(Y - X @ overlap).flip(-1).clamp(max=1.0)
+    return torch.where(cosine.square() > 0.5, torch.arcsin(sine), torch.arccos(cosine))
+
+
+def unchanged_bf16(W0: Tensor, W1: Tensor) -> Tensor:
+    """Share of entries with the same bits once both matrices are cast to bfloat16."""
+    before, after = (W.to(torch.bfloat16).view(torch.int16) for W in (W0, W1))
+    return (before == after).double().mean((-2, -1))

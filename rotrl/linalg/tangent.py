@@ -94,6 +94,16 @@ def tangent_projection(W0: Tensor | Basis, D: Tensor, *, side: Sides) -> Tensor:
     return (columns @ V.mT).to(D.dtype)
 
 
+def tangent_part(c: Coordinates, *, side: Side) -> Coordinates:
+    """The coordinates of P_T D: tangent_projection without leaving the singular basis."""
+    if side == "right":
+        return tangent_part(c.mT, side="left").mT
+    T = _left_pairs(c.T, c.s) * c.s.unsqueeze(-2)
+    below = c.below * (c.s > 0)
+    energy = T.square().sum((-2, -1)) + below.sum(-1)
+    return Coordinates(c.s, T, below, torch.zeros_like(c.beside), energy, c.shape)
+
+
 def generator(W0: Tensor | Basis, D: Tensor, *, side: Side) -> Tensor:
     """Skew A (m, m) with A W0 = P_T D, or B (n, n) with W0 B = P_T D: least squares of least norm, float64.
 

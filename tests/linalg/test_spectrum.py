@@ -1,0 +1,124 @@
+"""Spectral metrics against closed forms, dense formulas and Monte Carlo in the full bases."""
+
+import pytest
+import torch
+
+from rotrl.linalg.spectrum import (
+    basis,
+    coordinates,
+    gram_drift,
+    nss,
+    nu,
+    principal_angles,
+    rho,
+    unchanged_bf16,
+)
+from rotrl.linalg.tangent import tangent_part, tangent_projection
+
+SHAPES = [(6, 6), (4, 9), (9, 4)]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(d, angle, seed=1):
+    A = random(d, d, seed=seed)
+    A = A - A.mT
+    return torch.matrix_exp(angle * A / torch.linalg.matrix_norm(A))
+
+
+def spectra(W0, D):
+    return torch.linalg.svdvals(W0), torch.linalg.svdvals(W0 + D)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_basis_and_coordinates_hold_the_whole_update(shape):
+    W0, D = random(*shape), random(*shape, seed=1)
+    U, s, V = basis(W0)
+    assert torch.allclose(U @ torch.diag(s) @ V.mT, W0)
+    c = coordinates(W0, D)
+    assert torch.allclose(c.T.square().sum() + c.below.sum() + c.beside.sum(), c.energy)
+    Ufull, _, Vfull = torch.linalg.svd(W0, full_matrices=True)
+    T = (Ufull.mT @ D @ Vfull.mT).square()
+    r = min(shape)
+    assert torch.allclose(c.T.square(), T[:r, :r])
+    assert torch.allclose(c.below, T[r:, :r].sum(0))
+    assert torch.allclose(c.beside, T[:r, r:].sum(1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tangent_part_is_the_projection_in_coordinates(shape, side):
+    W0, D = random(*shape), random(*shape, seed=1)
+    part, projected = tangent_part(coordinates(W0, D), side=side), coordinates(W0, tangent_projection(W0, D, side=side))
+    for got, expected in zip(part[:5], projected[:5], strict=True):
+        assert torch.allclose(got, expected, atol=1e-9)
+
+
+def test_rank_is_cut_at_float64_rounding():
+    W0 = random(6, 2) @ random(2, 5, seed=1)
+    assert (basis(W0).s > 0).sum() == 2
+    assert (basis(torch.zeros(3, 4)).s == 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_finite_rotations_keep_spectrum_gram_and_norm(shape, side):
+    W0 = random(*shape)
+    D = rotation(shape[0], 0.3) @ W0 - W0 if side == "left" else W0 @ rotation(shape[1], 0.3) - W0
+    before, after = spectra(W0, D)
+    assert nu(before, after, D) < 1e-12
+    assert nss(before, after) < 1e-12
+    assert rho(W0, D) == pytest.approx(1)
+    assert gram_drift(W0, D, coordinates(W0, D), side=side) < 1e-12
+    other = "right" if side == "left" else "left"
+    assert gram_drift(W0, D, coordinates(W0, D), side=other) > 0.01
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 60), (60, 30)])
+def test_small_noise_has_nu_and_gram_of_one_and_rho_of_zero(shape):
+    W0 = random(*shape)
+    noise = 1e-4 * random(200, *shape, seed=1)
+    before, after = spectra(W0, noise)
+    assert nu(before, after, noise).square().mean() == pytest.approx(1, abs=0.05)
+    assert abs((noise * W0).sum((-2, -1)).mean()) < 4 * 1e-4 * torch.linalg.matrix_norm(W0) / 200**0.5
+    for side in ("left", "right"):
+        assert gram_drift(W0, noise, coordinates(W0, noise), side=side).mean() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("shape", "tolerance"), [((6, 6), 0.01), ((4, 9), 0.03), ((9, 4), 0.03)])
+def test_gram_drift_is_relative_to_its_mean_over_sign_flips(shape, tolerance, side):
+    """D as large as W0, so that the second-order terms count."""
+    W0, D = random(*shape), random(*shape, seed=1)
+    U, _, Vh = torch.linalg.svd(W0, full_matrices=True)
+    signs = torch.randint(0, 2, (20000, *shape), generator=torch.Generator().manual_seed(2)).double() * 2 - 1
+    W1 = W0 + U @ (signs * (U.T @ D @ Vh.T)) @ Vh
+
+    def drift(W):
+        return (W.mT @ W - W0.mT @ W0 if side == "left" else W @ W.mT - W0 @ W0.mT).square().sum((-2, -1))
+
+    expected = drift(W0 + D) / drift(W1).mean()
+    assert gram_drift(W0, D, coordinates(W0, D), side=side) == pytest.approx(expected.item(), rel=tolerance)
+
+
+def test_principal_angles_of_planted_planes_at_every_size():
+    planted = torch.tensor([1e-9, 1e-4, 0.5, 1.2, 1.5707], dtype=torch.float64)
+    k = len(planted)
+    frame = torch.linalg.qr(random(12, 2 * k)).Q
+    X = frame[:, :k]
+    Y = X * planted.cos() + frame[:, k:] * planted.sin()
+    mixed = Y @ torch.linalg.qr(random(k, k, seed=2)).Q
+    assert torch.allclose(principal_angles(X, mixed), planted, rtol=1e-6, atol=1e-12)
+    assert principal_angles(X, X).max() < 1e-14
+
+
+def test_share_unchanged_in_bf16_on_planted_changes():
+    W0 = random(20, 10).to(torch.bfloat16).float()
+    W1 = W0.clone()
+    W1[:5] *= 1 + 2**-6  # two steps of bfloat16
+    W1[5:] *= 1 + 2**-12  # lost on the cast
+    assert unchanged_bf16(W0, W1) == pytest.approx(0.75)
+    assert unchanged_bf16(W0, W0) == 1
+    assert unchanged_bf16(torch.zeros(2, 2), -torch.zeros(2, 2)) == 0
