@@ -1,0 +1,177 @@
+"""The terminal's view of a record, and one table over the jobs of a multirun."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rotrl.report.redact import redact
+from rotrl.report.standings import Interval, Row, Standings, number, standings
+from rotrl.report.sweep import as_one_record
+from rotrl.report.words import (
+    geometry_words,
+    lineage_words,
+    merge_words,
+    percent,
+    plus_minus,
+    points,
+    points_span,
+    span,
+)
+
+ASCII = str.maketrans({"★": "*", "◆": "#", "±": "+/-", "−": "-", "–": "-"})
+STYLE = {"base": "dim", "expert": "cyan", "merge": ""}
+
+
+def _with_span(interval: Interval) -> str:
+    return f"{percent(interval.value)} ({span(interval)})" if interval.known else percent(interval.value)
+
+
+# How a score and a difference are written, widest first; the first that fits the terminal is taken.
+FORMATS: tuple[tuple[Callable[[Interval], str], bool], ...] = (
+    (_with_span, True),
+    (plus_minus, False),
+    (lambda interval: percent(interval.value), False),
+)
+
+
+def show(record: Mapping[str, Any], console: Console) -> None:
+    """Prints what the record holds: evidence in words, scores or merges as a table, the verdict, warnings."""
+    record = redact(record)
+    table = standings(record)
+    if record.get("status") not in (None, "done"):
+        _say(console, {str(record["status"]): [str(record.get("error") or "the run has not ended")]}, "red")
+    _say(console, {"lineage": lineage_words(record), "geometry": geometry_words(record)})
+    if table.rows:
+        console.print(_scores(table, console, "scores"))
+        _say(console, {"merges": merge_words(table, record)})
+    else:
+        if record.get("geometry"):
+            console.print(_geometry(record["geometry"], console))
+        if record.get("merges"):
+            console.print(_merges(record["merges"], console, "merges"))
+    _say(console, {"warnings": record.get("warnings") or []}, "yellow")
+
+
+def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
+    """One table over all jobs of a multirun, best merge first; merges are named by label and what was swept."""
+    joined, failures = as_one_record(redact(records))
+    table = standings(joined)
+    title = f"{len(records)} jobs"
+    if table.rows:
+        console.print(_scores(table, console, title))
+        _say(console, {"merges": merge_words(table, joined)})
+    elif joined["merges"]:
+        console.print(_merges(joined["merges"], console, title))
+    _say(console, {"failed": failures}, "red")
+
+
+def legend(table: Standings) -> str:
+    marks = "; ★ best merge by mean, ◆ by minimum" if table.role("merge") else ""
+    kept = "; kept: of the expert's gain over the base" if any(row.retention for row in table.rows) else ""
+    return f"avg@n in percent, 95 % interval over problems{kept}{marks}"
+
+
+def _scores(table: Standings, console: Console, title: str) -> Table:
+    views = [_score_table(table, console, title, *chosen) for chosen in FORMATS]
+    unbounded = console.options.update(width=10_000)
+    fitting = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
+    return next(fitting, views[-1])
+
+
+def _score_table(table: Standings, console: Console, title: str, show: Callable[[Interval], str], spans: bool) -> Table:
+    several = len(table.tasks) > 1
+    kept = any(row.retention for row in table.rows)
+    against = table.best_expert if any(row.versus for row in table.rows) else None
+    heads = [f"{task}\n{table.metrics[task]}" for task in table.tasks] + ["mean", "min"] * several
+    heads += ["kept\n%"] * kept + [f"against\n{against.model}" if against else ""] * bool(against)
+    view = _table(title, console, ["model"], heads)
+    view.columns[0].no_wrap = True
+    view.caption = _text(legend(table), console)
+    previous = None
+    for row in table.rows:
+        if previous not in (None, row.role):
+            view.add_section()
+        previous = row.role
+        scores = [row.scores.get(task) for task in table.tasks] + [row.mean] * several
+        cells = [row.model + _mark(row, table), *(show(cell) if cell else "–" for cell in scores)]
+        cells += [percent(row.minimum)] * several
+        cells += ["/".join(_kept(row, task) for task in table.tasks) if row.role == "merge" else ""] * kept
+        difference = f"{points(row.versus)} ({points_span(row.versus)})" if spans and row.versus else points(row.versus)
+        cells += [difference if row.role == "merge" else ""] * bool(against)
+        marked = row is table.best_mean or row is table.best_minimum
+        view.add_row(*(_text(cell, console) for cell in cells), style="bold green" if marked else STYLE[row.role])
+    return view
+
+
+def _mark(row: Row, table: Standings) -> str:
+    marks = "★" * (row is table.best_mean) + "◆" * (row is table.best_minimum and len(table.tasks) > 1)
+    return f" {marks}" if marks else ""
+
+
+def _kept(row: Row, task: str) -> str:
+    return percent(row.retention[task].value, 0) if task in row.retention else "–"
+
+
+def _geometry(geometry: Mapping[str, Any], console: Console) -> Table:
+    """Share of the update that a rotation explains, its null in brackets, and kappa; medians over layers."""
+    rows = geometry.get("rows") or []
+    experts = list(dict.fromkeys(str(row["expert"]) for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        share, null = (percent(number(row.get(key))) for key in ("share_median", "null_median"))
+        text = f"{share} ({null}) {number(row.get('kappa_median')) or 0.0:+.2f}"
+        cells.setdefault((str(row["module"]), str(row["side"])), {})[str(row["expert"])] = text
+    title = "geometry: share of the update in %, (its null), kappa"
+    view = _table(title, console, ["matrix", "side"], experts)
+    for (module, side), by_expert in cells.items():
+        line = [module, side, *(by_expert.get(expert, "–") for expert in experts)]
+        view.add_row(*(_text(cell, console) for cell in line))
+    return view
+
+
+def _merges(merges: Mapping[str, Mapping[str, Any]], console: Console, title: str) -> Table:
+    view = _table(title, console, ["merge"], ["coefficient", "norm ratio", "loss", "dtype"])
+    view.add_column("folder", overflow="fold")
+    for label, made in merges.items():
+        numbers = [(number(made.get(key))) for key in ("effective_coefficient", "norm_ratio", "storage_loss")]
+        shown = ["–" if value is None else f"{value:.3g}" for value in numbers]
+        cells = [label, *shown, str(made.get("dtype", "–")), str(made.get("path", "–"))]
+        view.add_row(*(_text(cell, console) for cell in cells))
+    view.caption = (
+        "coefficient: effective, per expert   norm ratio: merged to mean expert   loss: of the update, by storage"
+    )
+    view.caption_justify, view.caption_style = "left", "dim"
+    return view
+
+
+def _table(title: str, console: Console, texts: list[str], numbers: list[str]) -> Table:
+    shape = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
+    view = Table(
+        title=title, title_justify="left", title_style="bold", box=shape, padding=(0, 1, 0, 0), show_edge=False
+    )
+    overflow = "crop" if console.options.ascii_only else "ellipsis"
+    for text in texts:
+        view.add_column(text, overflow=overflow)
+    for text in numbers:
+        view.add_column(_text(text, console), justify="right", no_wrap=True, overflow=overflow)
+    return view
+
+
+def _text(text: str, console: Console) -> Text:
+    return Text(text.translate(ASCII) if console.options.ascii_only else text)
+
+
+def _say(console: Console, paragraphs: Mapping[str, list[str]], style: str = "") -> None:
+    """Sentences beside their title, wrapped under themselves."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(style=style)
+    for title, sentences in paragraphs.items():
+        for i, sentence in enumerate(sentence for sentence in sentences if sentence):
+            grid.add_row(Text(title if i == 0 else ""), _text(sentence, console))
+    if grid.row_count:
+        console.print(grid)
