@@ -29,6 +29,8 @@ def main() -> None:
 def _main() -> int:
     import hydra
 
+    from rotrl.app import sweep
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the mapping below is the only one
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interruption like Ctrl-C
     config.register()
@@ -36,10 +38,12 @@ def _main() -> int:
     try:
         run()
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        sweep.show_table()
         return explain(error)
+    sweep.show_table()
     return 0
 
 

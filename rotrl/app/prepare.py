@@ -79,10 +79,11 @@ def bind_methods(merge: Mapping[str, Any] | None, experts: list[str]) -> dict[st
     if "_target_" in merge:
         method = bind(dict(merge), experts)
         return {method.name: method}
-    for label, entry in merge.items():
+    suite = {label: entry for label, entry in merge.items() if entry is not None}  # `merge.slerp=null` drops an arm
+    for label, entry in suite.items():
         if not isinstance(entry, Mapping) or "_target_" not in entry:
             raise ConfigError(f"merge.{label} is not a method: it has no _target_ (a suite maps labels to methods)")
-    return {label: bind(dict(entry), experts) for label, entry in merge.items()}
+    return {label: bind(dict(entry), experts) for label, entry in suite.items()}
 
 
 def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]) -> None:

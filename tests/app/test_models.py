@@ -1,0 +1,40 @@
+"""Models are found as folders, below models.root, or on the hub; what is missing is said in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from rotrl.app.models import locate, locate_all
+from rotrl.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    assert locate("base", str(tmp_path)) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize("layout", ["DeepScaleR", "agentica-org/DeepScaleR"])
+def test_root_holds_hub_models_by_name(tmp_path: Path, layout: str) -> None:
+    (tmp_path / layout).mkdir(parents=True)
+    assert locate("base", "agentica-org/DeepScaleR@main", str(tmp_path)) == (tmp_path / layout).resolve()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"base: no folder '.*/absent'; give one that holds config.json"):
+        locate("base", str(tmp_path / "absent"))
+
+
+def test_a_hub_model_that_is_not_here_says_how_to_give_it() -> None:
+    with pytest.raises(CheckpointError, match=r"org/model is neither in the hub's cache .* models.root=DIR .*model/"):
+        locate("base", "org/model", download=False)
+
+
+def test_every_missing_model_is_named_at_once() -> None:
+    with pytest.raises(CheckpointError) as error:
+        locate_all({"base": "/absent/a", "experts": {"math": "/absent/b", "code": "/absent/c"}})
+    assert all(name in str(error.value) for name in ("/absent/a", "/absent/b", "/absent/c"))
+    assert "\n" not in str(error.value)
