@@ -1,0 +1,126 @@
+r"""Mathematics sets: a problem in words, a short answer in \boxed{}.
+
+    _target_: rotrl.evaluate.datasets.math.aime24
+    path: null      # a file or folder with the same rows (JSON lines, JSON or parquet); null: the hub
+    revision: ...   # a commit of the hub's repository; null: the newest, recorded as `Benchmark.source`
+    prompt: null    # a text with {problem} in it; null: PROMPT
+    problems: 30    # rows of a whole copy, asserted; null: any number
+    limit: null     # the first so many problems, for a quick look
+
+Zero-padded answers ("025") stay as they are: the grader compares integers.
+"""
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rotrl.errors import EvaluationError
+from rotrl.evaluate.datasets.source import Benchmark, Source, fill, locate, read
+from rotrl.evaluate.task import Problem
+
+PROMPT = "{problem}\n\nReason step by step, and give the final answer in \\boxed{}."
+
+
+def aime24(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+    prompt: str | None = None,
+    problems: int | None = 30,
+    limit: int | None = None,
+) -> Benchmark:
+    """American Invitational Mathematics Examination 2024, I and II (HuggingFaceH4/aime_2024)."""
+    source = Source("aime24", "HuggingFaceH4/aime_2024", ("id", "problem", "answer"))
+    return _load(source, "data/train-00000-of-00001.parquet", path, revision, prompt, problems, limit)
+
+
+def aime25(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+    prompt: str | None = None,
+    problems: int | None = 30,
+    limit: int | None = None,
+) -> Benchmark:
+    """American Invitational Mathematics Examination 2025, I and II (math-ai/aime25)."""
+    source = Source("aime25", "math-ai/aime25", ("id", "problem", "answer"))
+    return _load(source, "test.jsonl", path, revision, prompt, problems, limit)
+
+
+def math500(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+    prompt: str | None = None,
+    problems: int | None = 500,
+    limit: int | None = None,
+) -> Benchmark:
+    """500 test problems of MATH (Hendrycks, arXiv 2103.03874) chosen by arXiv 2305.20050 (HuggingFaceH4/MATH-500)."""
+    source = Source("math500", "HuggingFaceH4/MATH-500", ("unique_id", "problem", "answer"))
+    return _load(source, "test.jsonl", path, revision, prompt, problems, limit)
+
+
+def amc23(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+    prompt: str | None = None,
+    problems: int | None = 40,
+    limit: int | None = None,
+) -> Benchmark:
+    """American Mathematics Competitions 12 of 2023 (math-ai/amc23); DeepScaleR's AMC has 83 problems: another set."""
+    source = Source("amc23", "math-ai/amc23", ("id", "question", "answer"))
+    return _load(source, "test-00000-of-00001.parquet", path, revision, prompt, problems, limit)
+
+
+def deepscaler(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
+    prompt: str | None = None,
+    problems: int | None = 40315,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Benchmark:
+    """DeepScaleR's training problems (agentica-org/DeepScaleR-Preview-Dataset): prompts to sample an expert on.
+
+    `limit` draws that many problems at random by `seed`: the file is sorted by origin.
+    """
+    source = Source(
+        "deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", ("problem", "answer"), "models.prompts.EXPERT"
+    )
+    task = _load(source, "deepscaler.json", path, revision, prompt, problems, None)
+    if limit is None or limit >= len(task.problems):
+        return task
+    drawn = sorted(random.Random(seed).sample(range(len(task.problems)), limit))
+    return Benchmark(task.name, tuple(task.problems[i] for i in drawn), "math", task.source)
+
+
+def _load(
+    source: Source,
+    file: str,
+    path: str | Path | None,
+    revision: str | None,
+    prompt: str | None,
+    problems: int | None,
+    limit: int | None,
+) -> Benchmark:
+    origin, files = locate(source, path, revision, {file: problems})
+    found: list[Problem] = []
+    for place, row in islice(read(source, files), limit):
+        identity = str(row[source.fields[0]]) if len(source.fields) == 3 else str(len(found))
+        question = row[source.fields[-2]]
+        if not isinstance(question, str) or not question.strip():
+            raise EvaluationError(f"{place}, field {source.fields[-2]}: found {question!r}, expected a text")
+        text = fill(prompt or PROMPT, source.key, problem=question)
+        found.append(Problem(identity, text, answer=_answer(row["answer"], place)))
+    return Benchmark(source.name, tuple(found), "math", origin)
+
+
+def _answer(value: Any, place: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise EvaluationError(f"{place}, field answer: found {value!r}, expected a text or an integer")
+    return str(value)
