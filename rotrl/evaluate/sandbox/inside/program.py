@@ -1,0 +1,126 @@
+"""Runs one program in a child that is already locked down. Whatever goes wrong from here on is the program's fault.
+
+The answers go to a report file, one line a test: `<nonce> <JSON>`. Expected outputs are not in this process, so a
+program that forges a line only gives an answer.
+"""
+
+import atexit
+import builtins
+import json
+import os
+import sys
+import textwrap
+import threading
+import types
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class NotPlain(Exception):
+    """A value that is not of an exact builtin JSON type."""
+
+
+class NotCompiled(Exception):
+    """The text is no Python program."""
+
+
+def run(data: bytes, report: int):
+    """Run {program, entry_point, inputs, nonces} and end the process: 0 where the program came to its end."""
+    request = json.loads(data)
+    builtins.exit = builtins.quit = sys.exit  # `site` would add them
+    sys.setrecursionlimit(50_000)
+    sys.argv = ["program"]
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+    def tell(nonce: str, **answer) -> None:
+        line = f"{nonce} {json.dumps(answer)}\n".encode()
+        while line:
+            line = line[os.write(report, line) :]
+
+    run_tests = _standard_input if request["entry_point"] is None else _functional
+    code = 1
+    try:
+        code = run_tests(request, tell)
+    finally:  # no exception leads back into the server
+        os._exit(code)
+
+
+def _functional(request: dict, tell) -> int:
+    nonces = request["nonces"]
+    try:
+        function = _load(request["program"], request["entry_point"])
+    except BaseException as error:
+        tell(nonces[0], **_fault(error))
+        return 1
+    for nonce, arguments in zip(nonces, request["inputs"], strict=True):
+        try:
+            answer = {"status": "ok", "value": _plain(function(*arguments))}
+        except BaseException as error:
+            answer = _fault(error)
+        tell(nonce, **answer)
+        if answer["status"] != "ok":
+            return 1
+    return 0
+
+
+def _load(source: str, entry_point: str):
+    """The function of that name, a method of class Solution, or the value of a program that is one expression."""
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = module
+    try:
+        expression = compile(source.strip(), "<program>", "eval", dont_inherit=True)
+    except Exception:
+        exec(_compile(source), module.__dict__)
+    else:
+        setattr(module, entry_point, eval(expression, module.__dict__))
+    if not hasattr(module, entry_point) and hasattr(module, "Solution"):
+        return getattr(module.Solution(), entry_point)
+    return getattr(module, entry_point)
+
+
+def _standard_input(request: dict, tell) -> int:
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    code = 0
+    try:
+        try:
+            exec(_compile(request["program"]), module.__dict__)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does at its end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except BaseException as error:
+        tell(request["nonces"][0], **_fault(error))
+        return 1
+    return code & 0xFF
+
+
+def _compile(source: str):
+    try:
+        return compile(textwrap.dedent(source), "<program>", "exec", dont_inherit=True)
+    except Exception as error:
+        raise NotCompiled(f"{type(error).__name__}: {error}") from None
+
+
+def _fault(error: BaseException) -> dict[str, str]:
+    words = {MemoryError: "memory limit", NotPlain: "wrong answer", NotCompiled: "compile error"}
+    status = words.get(type(error), "runtime error")
+    try:
+        detail = str(error) if type(error) in (NotPlain, NotCompiled) else f"{type(error).__name__}: {error}"
+    except BaseException:
+        detail = type(error).__name__
+    return {"status": status, "detail": detail[:200]}
+
+
+def _plain(value):
+    """Exact types only: a subclass can bring its own equality. Tuples count as lists, as JSON has no others."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is list or kind is tuple:
+        return [_plain(item) for item in value]
+    if kind is dict and all(type(key) is str for key in value):
+        return {key: _plain(item) for key, item in value.items()}
+    raise NotPlain(f"the result holds a {kind.__module__}.{kind.__name__}, which is no plain JSON value")
