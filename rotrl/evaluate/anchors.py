@@ -39,7 +39,7 @@ def anchors(
 ) -> list[Anchor]:
     """Published scores of a model on a task, comparable ones first.
 
-    `model` is a hub id or a path that has its last part in it; `protocol` the settings of this run (n, temperature,
+    `model` is a hub id or a path that has its last part in it; `protocol` the settings of this run (temperature,
     top_p, max_tokens), None to see all; `window` the [start, end) of a dated task.
     """
     data = _published()
@@ -50,7 +50,7 @@ def anchors(
             round(entry["band"][0] / 100, 5),
             round(entry["band"][1] / 100, 5),
             entry.get("source", "several publications"),
-            "" if protocol is None else _differs(entry.get("settings", data["settings"]), protocol, task),
+            "" if protocol is None else _differs(entry.get("settings", data["settings"]), protocol),
         )
         for entry in data["scores"]
         if entry["task"] == task and _is(model, entry["model"]) and _window(entry) in (window, None)
@@ -82,19 +82,14 @@ def contamination(models: Collection[str], task: str, window: Window | None = No
     ]
 
 
-def _differs(settings: Mapping[str, float] | None, protocol: Mapping[str, Any], task: str) -> str:
+def _differs(settings: Mapping[str, float] | None, protocol: Mapping[str, Any]) -> str:
     if settings is None:
         return "its sampling settings are not known"
-    found = [
+    return ", ".join(
         f"{key} {protocol[key]:g} where {value:g} was published"
         for key, value in settings.items()
         if key in protocol and (protocol[key] < value if key == "max_tokens" else protocol[key] != value)
-    ]
-    n, enough = protocol.get("n"), _published()["enough"].get(task)
-    n = n.get(task) if isinstance(n, Mapping) else n
-    if n is not None and enough is not None and n < enough:
-        found.append(f"n {n} where {enough} are needed")
-    return ", ".join(found)
+    )
 
 
 def _window(entry: Mapping[str, Any]) -> Window | None:
