@@ -14,7 +14,8 @@ def exp(a: Tensor) -> Tensor:
     """Rotation exp(A) of the skew generator A, shape (..., n, n). Not for autograd: the planes of A come in pairs.
 
     `exp A = cos(T) + A sinc(T)` with `T = (-A^2)^(1/2)`, both smooth in the symmetric A^2. Equivalent to
-    `scipy.linalg.expm`; torch.linalg.matrix_exp is off by 2e-10 in float64 at angles about 0.05.
+    `scipy.linalg.expm`; torch.linalg.matrix_exp is off by 2e-10 in float64 at angles about 0.05
+    (pytorch issue 196592).
     """
     squares, vectors = _eigh(a @ a)
     turns = (-squares).clamp(min=0).sqrt()

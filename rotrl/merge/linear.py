@@ -1,0 +1,61 @@
+"""Merges that are linear in the weights. `d_i = W_i - W0`, weights w_i default to 1."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotrl.errors import ConfigError
+from rotrl.merge.types import Pair
+
+
+def linear(
+    base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True
+) -> Tensor:
+    """Weighted average `sum w_i W_i / sum w_i`, without the division if not `normalize`. arXiv 2203.05482.
+
+    The mean is taken of the task vectors, which is the same number with fewer digits lost.
+    """
+    w = weights or [1.0] * len(experts)
+    if not normalize:
+        return weighted_sum(experts, w)
+    total = sum(w)
+    if abs(total) < 1e-12 * max(map(abs, w)):
+        raise ConfigError("merge.weights sum to 0, which can't be normalised; give others or merge.normalize=false")
+    return base + weighted_sum([expert - base for expert in experts], [x / total for x in w])
+
+
+def task_arithmetic(
+    base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, weights: Sequence[float] | None = None
+) -> Tensor:
+    """`W0 + scale sum w_i d_i`. arXiv 2212.04089."""
+    return base + scale * weighted_sum([expert - base for expert in experts], weights)
+
+
+def interpolation(base: Tensor, experts: Pair, *, t: float = 0.5) -> Tensor:
+    """`W_1 + t (W_2 - W_1)`: the chord from the first expert to the second, which the geodesic bends."""
+    first, second = experts
+    return first + t * (second - first)
+
+
+def model_stock(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """`W0 + t mean d_i` with `t = T cos / (1 + (T - 1) cos)`, cos the mean cosine of pairs of d_i. arXiv 2403.19522.
+
+    One t for each tensor. A single expert is kept as it is (t = 1).
+    """
+    d = torch.stack([(expert - base).double().flatten() for expert in experts])
+    count = len(experts)
+    if count == 1:
+        return experts[0].clone()
+    unit = d / d.norm(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
+    cosine = ((unit @ unit.mT).sum() - unit.square().sum()) / (count * (count - 1))
+    t = count * cosine / (1 + (count - 1) * cosine)
+    return base + (t * d.mean(0)).reshape(base.shape).to(base)
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """`sum w_i x_i`, w_i = 1 by default."""
+    total = torch.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights or [1.0] * len(tensors), strict=True):
+        total = total.add(tensor, alpha=weight)
+    return total
