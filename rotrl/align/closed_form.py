@@ -1,0 +1,67 @@
+"""Alignment in closed form: the rotation that brings each matrix of the source nearest to the teacher's."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rotrl.align.data import heldout_batches, load_rollouts
+from rotrl.align.models import load_models
+from rotrl.align.module import LogitAlignment
+from rotrl.align.parametrization import Rotations
+from rotrl.align.results import write_results
+from rotrl.align.source import pose, refuse_reflections
+from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet
+from rotrl.checkpoint.reader import Checkpoint
+
+
+def procrustes(
+    base: Checkpoint,
+    experts: dict[str, Checkpoint],
+    out: Path,
+    *,
+    rollouts: dict[str, Path] | None,
+    trainer: dict[str, Any],
+    seed: int,
+    progress: Progress | None = None,
+    source: str = "base",
+    start: dict[str, Any] | None = None,
+    teachers: str | Sequence[str] = "all",
+    side: str = "small",
+    anchor: float = 0.01,
+    max_tokens: int | None = None,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """`R = argmin |S R - T|` (right) or `|R S - T|` (left) for every linear map S of the source, T the teachers' mean.
+
+    `source=math teachers=[code]` aligns math to code. Writes rotations.safetensors and align.csv into `out`; given
+    rollouts, `kl_before` and `kl_after` are KL(teacher || source) and KL(teacher || rotated) in nats per token.
+    NumericsError where the solution is a reflection.
+    """
+    began = time.monotonic()
+    problem = pose(base, experts, source=source, start=start, teachers=teachers)
+    rotations = problem.closed_form(side=side, anchor=anchor)
+    refuse_reflections(rotations)
+    summary = write_results(
+        out, problem, rotations, {"base": base, **experts}, parametrization="procrustes", objective="weights"
+    )
+    before = after = {}
+    if rollouts:
+        everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
+        with quiet():
+            engine = make_trainer(trainer, out)
+            module = LogitAlignment(
+                Rotations(problem.matrices, side=side),
+                *load_models(base, problem, frozen_dtype(trainer)),
+                heldout=heldout_batches(everything, batch=batch),
+            )
+            before = measure(engine, module)
+            module.rotations.assign(rotations)
+            after = measure(engine, module)
+    return summary | {
+        "kl_before": before,
+        "kl_after": after,
+        "closed_form": summary["explained"],
+        "curve": [],
+        "seconds": time.monotonic() - began,
+    }

@@ -1,0 +1,45 @@
+"""The logit objective: how far the rotated model is from an expert on tokens that the expert itself sampled."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 26  # logits held at a time: 256 MB in float32, 441 tokens of a vocabulary of 152k
+
+
+class _HeadKL(torch.autograd.Function):
+    """Loss and its gradient in one pass over the tokens: the heads are frozen, so only `student` needs one."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, rows: int):
+        total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+        gradient = torch.empty_like(student)
+        for part in torch.arange(len(student)).split(rows):
+            span = slice(int(part[0]), int(part[-1]) + 1)
+            log_p = (teacher[span] @ teacher_head.T).to(total.dtype).log_softmax(-1)
+            log_q = (student[span] @ student_head.T).to(total.dtype).log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            gradient[span] = (log_q.exp_().sub_(p) / len(student)).to(student.dtype) @ student_head
+        ctx.save_for_backward(gradient)
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return upstream[0].to(gradient.dtype) * gradient, None, None, None, None
+
+
+def head_kl(
+    student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, *, chunk: int = CHUNK
+) -> Tensor:
+    """Mean over tokens of `KL(p || q)`, `p = softmax(teacher teacher_head^T)`, `q = softmax(student student_head^T)`.
+
+    The whole vocabulary enters. Logits exist for `chunk // vocabulary` tokens at a time and are not kept for the
+    backward pass. Only `student` receives a gradient, `(q - p) student_head / tokens`.
+
+    student, teacher: (tokens, hidden), last hidden states after the final norm; heads: (vocabulary, hidden).
+    """
+    rows = max(1, chunk // student_head.shape[0])
+    return _HeadKL.apply(student, student_head, teacher.detach(), teacher_head, rows)  # type: ignore[return-value]

@@ -1,0 +1,82 @@
+"""What is rotated and towards whom: the source's weights and the teachers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotrl.align.parametrization import side_of
+from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.reader import Checkpoint
+from rotrl.checkpoint.rotations import Rotation
+from rotrl.errors import ConfigError, NumericsError
+from rotrl.linalg.procrustes import procrustes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`state` holds every tensor of the source; `spec` says what it is, as in the metadata of a rotations file."""
+
+    spec: dict[str, Any]
+    state: dict[str, Tensor]
+    teachers: dict[str, Checkpoint]
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The linear maps of attention and MLP: what is rotated."""
+        return {name: tensor for name, tensor in self.state.items() if role_of(name, tensor.shape).is_matrix}
+
+    def target(self, name: str) -> Tensor:
+        """Mean of the teachers in float64: `sum_k |S R - T_k|^2` has its minimiser in common with `|S R - mean|^2`."""
+        return torch.stack([teacher.read(name).double() for teacher in self.teachers.values()]).mean(0)
+
+    def closed_form(self, *, side: str, anchor: float, device: torch.device | str = "cpu") -> dict[str, Rotation]:
+        """Procrustes: the orthogonal matrices (float64) that bring the source's matrices nearest to `target`."""
+        return {name: self._nearest(name, side_of(self.state[name], side), anchor, device) for name in self.matrices}
+
+    def _nearest(self, name: str, side: str, anchor: float, device: torch.device | str) -> Rotation:
+        source, target = self.state[name].to(device).double(), self.target(name).to(device)
+        return Rotation(**{side: procrustes(source, target, side=side, anchor=anchor).cpu()})
+
+
+def refuse_reflections(rotations: Mapping[str, Rotation]) -> None:
+    """NumericsError that names every tensor whose orthogonal matrix has determinant -1."""
+    sides = {name: rotation.right if rotation.left is None else rotation.left for name, rotation in rotations.items()}
+    wrong = [name for name, matrix in sides.items() if matrix is not None and torch.linalg.slogdet(matrix).sign < 0]
+    if wrong:
+        raise NumericsError(
+            f"{', '.join(wrong)}: the Procrustes solution is a reflection (determinant -1); raise align.anchor"
+        )
+
+
+def pose(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    *,
+    source: str,
+    start: Mapping[str, Any] | None,
+    teachers: str | Sequence[str],
+) -> Problem:
+    """Reads or merges the source: "base", an expert's name, or "start", the merge that the config `start` gives."""
+    names = list(experts) if teachers == "all" else [teachers] if isinstance(teachers, str) else list(teachers)
+    if unknown := [name for name in names if name not in experts]:
+        raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: all, {', '.join(experts)}")
+    if not names:
+        raise ConfigError("align.teachers is empty; give at least one expert")
+    chosen = {name: experts[name] for name in names}
+    if source == "start":
+        from rotrl.merge.engine import merge_state
+        from rotrl.merge.method import bind
+
+        if not start:
+            raise ConfigError("align.source=start needs align.start, the config of a merge; or source=base")
+        spec = dict(start)
+        return Problem({"merge": spec}, merge_state(base, dict(experts), bind(spec, list(experts))), chosen)
+    if source == "base":
+        return Problem({"model": "base"}, {name: base.read(name) for name in base.tensors}, chosen)
+    if source not in experts:
+        raise ConfigError(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
+    expert = experts[source]
+    return Problem({"expert": source}, {name: expert.read(name) for name in expert.tensors}, chosen)

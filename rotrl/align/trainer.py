@@ -1,0 +1,134 @@
+"""Lightning's Trainer as a guest: silent, leaving one checkpoint, and Ctrl-C stays Ctrl-C."""
+
+import difflib
+import inspect
+import logging
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from rotrl.align.module import LogitAlignment
+from rotrl.errors import ConfigError
+
+Progress = Callable[[int, int], None]
+CHECKPOINT = "align.ckpt"
+OWN = ("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "callbacks", "default_root_dir")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class _Report(pl.Callback):
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.progress(trainer.global_step, trainer.max_steps)
+
+
+def make_trainer(
+    settings: Mapping[str, Any],
+    out: Path,
+    *,
+    steps: int = 1,
+    checkpoint_every: int = 1,
+    progress: Progress | None = None,
+) -> pl.Trainer:
+    """A Trainer for `steps` optimiser steps that keeps `out/align.ckpt`; `settings` are its own keyword arguments."""
+    check_settings(settings)
+    keep = ModelCheckpoint(
+        dirpath=out,
+        filename=Path(CHECKPOINT).stem,
+        every_n_train_steps=checkpoint_every,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    # Validation brackets the fit and is not part of it.
+    fixed = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1.0, "val_check_interval": None}
+    callbacks: list[pl.Callback] = [keep, *([_Report(progress)] if progress else [])]
+    arguments = {**silent, **settings, **fixed}
+    trainer = pl.Trainer(**arguments, callbacks=callbacks, default_root_dir=out, check_val_every_n_epoch=10**9)
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.devices={settings.get('devices')!r}: align runs on one device; set trainer.devices=1"
+        )
+    return trainer
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """ConfigError for what Lightning does not know and for what would break a Riemannian step in silence."""
+    known = [name for name in inspect.signature(pl.Trainer).parameters if name not in OWN]
+    for key in settings:
+        if key in OWN:
+            raise ConfigError(f"trainer.{key} is set by align; use align.steps")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"trainer.{key} is no argument of Lightning's Trainer{hint}")
+    strategy = settings.get("strategy", "auto")
+    if any(word in str(strategy).lower() for word in ("fsdp", "deepspeed", "parallel")):
+        raise ConfigError(
+            f"trainer.strategy={strategy!r} shards parameters, and a Riemannian step on a shard is Euclidean (off "
+            "the manifold at once); use strategy=auto"
+        )
+    if (precision := str(settings.get("precision", "32-true"))) not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision!r}: rotations need float32; one of {', '.join(PRECISIONS)}")
+
+
+def frozen_dtype(settings: Mapping[str, Any]) -> torch.dtype:
+    """Dtype of the frozen models; rotations and the products with them stay float32."""
+    return torch.bfloat16 if settings.get("precision") == "bf16-mixed" else torch.float32
+
+
+def fit(trainer: pl.Trainer, module: LogitAlignment, resume: Path | None) -> None:
+    """Trains to the end, from a checkpoint if there is one."""
+    with interruptible():
+        trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+
+
+def measure(trainer: pl.Trainer, module: LogitAlignment) -> dict[str, float]:
+    """KL per teacher on the held-out batches."""
+    with interruptible():
+        found = trainer.validate(module, verbose=False)[0]
+    return {name: found[f"kl_{name}"] for name in module.teachers}
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C leaves as KeyboardInterrupt: Lightning makes it an exit with code 1 and ignores SIGINT from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's and transformers' notices off; errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "transformers")]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\b")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
