@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,24 +48,25 @@ class Server:
         self.level = level
         self._closed = False
         self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        prefix = os.open(sys.base_prefix, os.O_PATH)
-        with other:
-            try:
-                self._process = subprocess.Popen(
-                    _command(level),
-                    stdin=other,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=_environment(level, prefix),
-                    cwd="/",
-                    pass_fds=(prefix,),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self._control.close()
-                raise SandboxFault(f"the sandbox server can't be started ({error})") from None
-            finally:
-                os.close(prefix)
+        library = os.open(sys.base_prefix, os.O_PATH)
+        environment = _environment(level, library)
+        try:
+            self._process = subprocess.Popen(
+                _command(level),
+                stdin=other.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+                pass_fds=(library,) if str(library) in environment.get("PYTHONHOME", "") else (),
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._control.close()
+            raise SandboxFault(f"the sandbox server can't be started ({error})") from None
+        finally:
+            other.close()
+            os.close(library)
 
     def handshake(self) -> None:
         """Wait until the server is up; raises SandboxFault with the reason when it can't work at this level."""
@@ -121,15 +121,17 @@ def _exit_words(process: subprocess.Popen) -> str:
         return ""
 
 
-def _environment(level: str, prefix: int) -> dict[str, str]:
+def _environment(level: str, library: int) -> dict[str, str]:
     """Empty but for what the interpreter itself needs; no key of the caller's passes."""
     # sets iterate in the same order in every server, so a program's output can be had again
     environment = {"PYTHONHASHSEED": "0"}
     if "LD_LIBRARY_PATH" in os.environ:  # where a cluster's module system keeps libpython
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    if os.geteuid() == 0 and level != "bubblewrap":
-        # children become nobody, who may have no way to the library (/root is closed); an open folder is a way
-        environment["PYTHONHOME"] = f"/proc/self/fd/{prefix}"
+    # children of root become nobody, who may have no way to the library (/root is closed)
+    if level == "bubblewrap":
+        environment["PYTHONHOME"] = "/python"
+    elif os.geteuid() == 0:  # an open folder is a way; Landlock sees where it really leads
+        environment["PYTHONHOME"] = f"/proc/self/fd/{library}"
     return environment
 
 
@@ -147,16 +149,9 @@ def _bubblewrap() -> list[str]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
         command += ["--unshare-user"]
-    folders = {sys.base_prefix, sysconfig.get_path("stdlib"), os.path.dirname(os.path.realpath(sys.executable))}
-    for path in [
-        *sorted(folders),
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/usr/share/zoneinfo",
-        "/etc/ld.so.cache",
-    ]:
+    command += ["--ro-bind", sys.base_prefix, "/python", "--ro-bind", str(INSIDE), "/inside"]
+    executable = os.path.dirname(os.path.realpath(sys.executable))
+    libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
+    for path in (sys.base_prefix, executable, *libraries):
         command += ["--ro-bind-try", path, path]
-    command += ["--ro-bind", str(INSIDE), "/inside", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
-    return [*command, "--chdir", "/", "--"]
+    return [*command, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/", "--chdir", "/", "--"]
