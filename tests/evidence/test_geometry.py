@@ -1,0 +1,203 @@
+"""The stage end to end on fake checkpoints whose updates are known."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rotrl.config import config_dir
+from rotrl.errors import CheckpointError, ConfigError
+from rotrl.evidence.geometry import bootstrap_median, geometry
+from rotrl.evidence.measure import COLUMNS
+from rotrl.evidence.nulls import CONTROLS
+from rotrl.evidence.verdict import Thresholds, judge, overall_verdict
+
+
+def rotated(W, i, side="left", angle=0.05):
+    d = W.shape[0] if side == "left" else W.shape[1]
+    A = torch.randn(d, d, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    R = torch.matrix_exp(angle * (A - A.mT) / d**0.5)
+    return (R @ W.double() if side == "left" else W.double() @ R).float()
+
+
+def stretched(W, i):
+    """A symmetric change that lives between singular vectors; on a flat spectrum nothing of it is a rotation."""
+    U, s, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    H = torch.randn(len(s), len(s), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    return (W.double() + 0.05 * U @ (H + H.mT) @ Vh).float()
+
+
+def flat(W, i):
+    """The same singular vectors with singular values from 1 to 1.2."""
+    U, s, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return (U @ torch.diag(torch.linspace(1.2, 1.0, len(s)).double()) @ Vh).float()
+
+
+@pytest.fixture
+def base(family):
+    return family.matrices(family.weights(0), flat)
+
+
+def run(family, base, experts, **options):
+    saved = {name: family.save(name, state) for name, state in experts.items()}
+    return geometry(family.save("base", base), saved, family.folder / "out", **options)
+
+
+def table(family):
+    with (family.folder / "out" / "geometry.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_rotation_noise_and_stretch_are_told_apart(family, base):
+    seen = []
+    experts = {
+        "turned": family.matrices(base, rotated),
+        "noisy": family.moved(base, 1, 0.02),
+        "stretched": family.matrices(base, stretched),
+    }
+    found = run(family, base, experts, progress=lambda *x: seen.append(x))
+    verdicts = {name: value["verdict"] for name, value in found["experts"].items()}
+    assert verdicts["turned"] == "rotation"
+    assert verdicts["stretched"] == "stretch"
+    assert verdicts["noisy"] in ("none", "undecided")  # 28 tiny matrices: the interval may be wider than .05
+    assert seen[-1] == (28, 28)
+    assert found["verdict"].startswith("Rotation in turned, not shown in noisy and stretched")
+    assert found["unmoved"] == []
+
+    pooled = {(row["expert"], row["side"]): row for row in found["rows"] if row["module"] == "all"}
+    assert pooled["turned", "left"]["kappa_median"] > 0.95
+    assert pooled["turned", "left"]["fraction_median"] > 0.95
+    assert pooled["turned", "left"]["nu_median"] < 0.01
+    assert abs(pooled["noisy", "right"]["kappa_median"]) < 0.1
+    control = next(c for c in found["controls"] if c["expert"] == "noisy" and c["control"] == "isotropic")
+    assert pooled["noisy", "right"]["nu_median"] == pytest.approx(control["nu_median"], rel=0.1)
+    assert pooled["stretched", "left"]["kappa_low"] < pooled["stretched", "left"]["kappa_high"] < -0.3
+    modules = ["all", "q", "k", "v", "o", "gate", "up", "down"]
+    assert sorted({row["module"] for row in found["rows"]}) == sorted(modules)
+
+
+def test_the_table_holds_every_matrix_side_and_control(family, base):
+    run(family, base, {"turned": family.matrices(base, rotated)}, planted=(0.0, 0.3, 1.0))
+    rows = table(family)
+    assert list(rows[0]) == COLUMNS
+    controls = ["", *CONTROLS, "planted_0", "planted_0.3", "planted_1"]
+    assert len(rows) == 28 * 2 * len(controls)
+    first = [row for row in rows if row["tensor"] == "model.layers.0.self_attn.k_proj.weight"]
+    assert [row["control"] for row in first if row["side"] == "left"] == controls
+    real = first[0]
+    assert (real["rows"], real["cols"], real["layer"], real["module"]) == ("8", "24", "0", "k")
+    assert all(real[column] != "" for column in COLUMNS if column != "control")
+    low, kappa, high = (float(real[key]) for key in ("kappa_low", "kappa", "kappa_high"))
+    assert low < kappa < high
+    assert kappa == pytest.approx((float(real["share"]) - float(real["null"])) / (1 - float(real["null"])), abs=1e-6)
+    exact = [row for row in first if row["control"] == "planted_1"]
+    assert [float(row["kappa"]) for row in exact] == pytest.approx([1, 1])
+    assert {row["nu"] for row in exact} == {""}
+
+
+def test_rows_do_not_depend_on_what_is_measured_beside(family, base):
+    experts = {"noisy": family.moved(base, 1), "other": family.moved(base, 2)}
+    run(family, base, experts)
+    both = [row for row in table(family) if row["expert"] == "noisy"]
+    saved = family.save("noisy_again", experts["noisy"])
+    opened = family.save("base_again", base)
+    geometry(opened, {"noisy": saved}, family.folder / "alone", controls=["sign_flip"], planted=[0.3])
+    with (family.folder / "alone" / "geometry.csv").open() as file:
+        alone = list(csv.DictReader(file))
+    kept = ("", "sign_flip", "planted_0.3")
+    assert alone == [row for row in both if row["control"] in kept]
+
+
+def test_unmoved_matrices_are_told_and_do_not_count(family, base):
+    moved = family.matrices(base, rotated)
+    still = "model.layers.1.mlp.up_proj.weight"
+    found = run(family, base, {"turned": moved | {still: base[still]}, "same": base}, controls=[], planted=[])
+    assert f"turned: {still}" in found["unmoved"]
+    assert len(found["unmoved"]) == 29
+    row = next(row for row in table(family) if row["tensor"] == still)
+    assert (row["kappa"], row["unchanged_bf16"], row["rel_norm"]) == ("", "1", "0")
+    assert found["experts"]["same"]["words"] == "same: no matrix differs from the base"
+    assert found["experts"]["turned"]["verdict"] == "rotation"
+    assert "planted" not in found["experts"]["turned"]["words"]
+
+
+def test_a_rotation_that_the_reference_shows_too_is_not_special_to_rl(family, base):
+    experts = {"rl": family.matrices(base, rotated), "sft": family.matrices(base, lambda W, i: rotated(W, i + 50))}
+    found = run(family, base, experts, references=["sft"], controls=[])
+    assert found["verdict"] == "Rotation in rl. It shows in sft as well: it is not special to RL."
+
+
+def test_overall_verdict_in_words():
+    def told(references=(), **verdicts):
+        return overall_verdict({name: {"verdict": verdict} for name, verdict in verdicts.items()}, references)
+
+    assert "nothing here is special to RL" in told(["sft"], math="none", code="stretch", sft="stretch")
+    assert told(math="stretch", code="none").startswith("No rotation: the updates of math and code")
+    assert told(["sft"], math="undecided", sft="undecided").startswith("Undecided: math undecided")
+    assert "is open" in told(math="rotation")
+    assert "The references do not show it: sft none" in told(["sft"], math="rotation", sft="none")
+
+
+@pytest.mark.parametrize(
+    ("median", "low", "high", "verdict"),
+    [
+        (0.6, 0.4, 0.8, "rotation"),
+        (0.01, -0.04, 0.04, "none"),
+        (0.01, -0.06, 0.04, "undecided"),
+        (0.2, 0.15, 0.25, "undecided"),
+        (-0.3, -0.4, -0.2, "stretch"),
+        (0.0, np.nan, np.nan, "undecided"),
+    ],
+)
+def test_thresholds(median, low, high, verdict):
+    assert judge(median, low, high, Thresholds()) == verdict
+
+
+def test_bootstrap_over_layers_covers_the_median():
+    """Layers as clusters: 95 % intervals for 28 layers of one matrix hold the true median about 95 times of 100."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap_median(rng.normal(0.3, 0.1, (28, 1)), 200, 0)
+        hits += low <= 0.3 <= high
+    assert 180 <= hits <= 200
+    clustered = np.repeat(rng.normal(0.3, 0.1, (28, 1)), 7, axis=1)
+    assert bootstrap_median(clustered, 500, 0) == bootstrap_median(clustered[:, :1], 500, 0)
+    assert np.isnan(bootstrap_median(clustered[:1], 500, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"controls": ["shuffle"]}, "unknown control 'shuffle'"),
+        ({"planted": [0.1, 3]}, "3 is not a fraction"),
+        ({"principal": 0}, "0 is not a share"),
+        ({"references": ["sft"]}, "no model 'sft'; one of: noisy"),
+    ],
+)
+def test_wrong_settings_are_one_line(family, base, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(family, base, {"noisy": family.moved(base, 1)}, **options)
+    assert not (family.folder / "out").exists()
+
+
+def test_a_model_without_known_matrices_is_refused(family):
+    opened = family.save("gpt", {"h.0.attn.c_attn.weight": torch.randn(4, 4)})
+    with pytest.raises(CheckpointError, match="no tensor is named like a matrix"):
+        geometry(opened, {"tuned": opened}, family.folder / "out")
+
+
+@pytest.mark.parametrize("choice", ["none", "lineage", "geometry"])
+def test_presets_compose_and_bind(choice):
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    preset = OmegaConf.load(Path(config_dir()) / "evidence" / f"{choice}.yaml")
+    assert set(preset) == {"lineage", "geometry"}
+    assert preset.lineage is (choice != "none")
+    if choice == "geometry":
+        stage = instantiate(preset.geometry)
+        assert stage.func is geometry
+        assert list(stage.keywords["controls"]) == list(CONTROLS)

@@ -1,0 +1,115 @@
+"""Controls keep what they promise, and planted rotations come back along the calibration curve."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotrl.errors import ConfigError
+from rotrl.evidence.nulls import CONTROLS, check_controls, plant, planted_fraction, seeded
+from rotrl.linalg.spectrum import basis, coordinates
+from rotrl.linalg.tangent import tangency, tangent_projection
+
+SHAPES = [(30, 30), (20, 50), (50, 20)]
+FRACTIONS = (0.0, 0.1, 0.3, 0.5, 1.0)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_controls_have_the_norm_of_the_update_and_no_rotation(shape, control):
+    W0 = random(*shape)
+    frame, A = basis(W0), random(shape[0], shape[0], seed=1)
+    D = 0.05 * (A - A.mT) @ W0  # a rotation, all of which the control must lose
+    drawn = CONTROLS[control](W0, D, frame, seeded(0, control))
+    assert torch.linalg.matrix_norm(drawn) == pytest.approx(float(torch.linalg.matrix_norm(D)), rel=0.02)
+    for side in ("left", "right"):
+        found = tangency(coordinates(frame, drawn), side=side)
+        assert abs(found.kappa) < 4 * found.kappa_spread
+    again = CONTROLS[control](W0, D, frame, seeded(0, control))
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, CONTROLS[control](W0, D, frame, seeded(1, control)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sign_flip_keeps_the_energy_of_every_pair(shape):
+    W0, D = random(*shape), random(*shape, seed=1)
+    frame = basis(W0)
+    before, after = (coordinates(frame, update) for update in (D, CONTROLS["sign_flip"](W0, D, frame, seeded(0))))
+    assert torch.allclose(after.T.abs(), before.T.abs())
+    assert torch.allclose(after.below, before.below)
+    assert torch.allclose(after.beside, before.beside)
+
+
+def test_permuted_keeps_the_entries_and_the_spectrum():
+    W0, D = random(6, 9), random(6, 9, seed=1)
+    drawn = CONTROLS["permuted"](W0, D, basis(W0), seeded(0))
+    assert torch.equal(drawn.flatten().sort().values, D.flatten().sort().values)
+    assert torch.allclose(torch.linalg.svdvals(drawn), torch.linalg.svdvals(D))
+
+
+def test_bf16_rounding_lands_on_bf16_numbers():
+    W0, D = random(6, 9), 1e-3 * random(6, 9, seed=1)
+    W1 = W0 + CONTROLS["bf16_rounding"](W0, D, basis(W0), seeded(0))
+    assert torch.allclose(W1, W1.to(torch.bfloat16).double(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planting_in_coordinates_is_planting_in_the_weights(shape, side):
+    """The mean kappa over draws equals that of sqrt(1-f) flip + sqrt(f) P_T(flip'), built as matrices."""
+    W0, D, f, draws = random(*shape), random(*shape, seed=1), 0.3, 60
+    frame = basis(W0)
+    c = coordinates(frame, D)
+    norm = torch.linalg.matrix_norm(D)
+    direct = []
+    for i in range(draws):
+        noise, carrier = (CONTROLS["sign_flip"](W0, D, frame, seeded(i, half)) for half in ("noise", "carrier"))
+        turn = tangent_projection(frame, carrier, side=side)
+        planted = (1 - f) ** 0.5 * noise + f**0.5 * norm * turn / torch.linalg.matrix_norm(turn)
+        direct.append(tangency(coordinates(frame, planted), side=side).kappa)
+    inside = [tangency(plant(c, f, side=side, generator=seeded(i)), side=side).kappa for i in range(draws)]
+    direct, inside = torch.stack(direct), torch.stack(inside)
+    error = ((direct.var() + inside.var()) / draws).sqrt()
+    assert abs(direct.mean() - inside.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_calibration_rises_from_nothing_to_an_exact_rotation(shape, side):
+    c = coordinates(random(*shape), random(*shape, seed=1))
+    found = [tangency(plant(c, f, side=side, generator=seeded(0, str(f))), side=side) for f in FRACTIONS]
+    kappas = [float(t.kappa) for t in found]
+    assert abs(kappas[0]) < 4 * found[0].kappa_spread
+    assert kappas[-1] == pytest.approx(1)
+    assert kappas == sorted(kappas)
+    assert 0.03 < kappas[2] < 0.3  # far below the planted .3: kappa is not linear
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_planted_fractions_come_back(side):
+    """The curve of one draw reads the fraction of an independent draw."""
+    c = coordinates(random(120, 120), random(120, 120, seed=1))
+
+    def kappa(f, draw):
+        return float(tangency(plant(c, f, side=side, generator=seeded(0, draw, str(f))), side=side).kappa)
+
+    curve = [(f, kappa(f, "curve")) for f in FRACTIONS]
+    for f in (0.1, 0.2, 0.4, 0.75, 1.0):
+        assert planted_fraction(kappa(f, "update"), curve) == pytest.approx(f, abs=0.08)
+
+
+@given(st.floats(-2, 2), st.lists(st.floats(-1, 1), min_size=2, max_size=5))
+def test_planted_fraction_is_a_fraction_and_hits_the_ends(kappa, kappas):
+    curve = [(i / (len(kappas) - 1), k) for i, k in enumerate(kappas)]
+    assert 0 <= planted_fraction(kappa, curve) <= 1
+    assert planted_fraction(max(kappas) + 1, curve) == 1
+    assert planted_fraction(kappas[0] - 1, curve) == 0
+
+
+def test_unknown_control_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"'isotropc', did you mean 'isotropic'\?; one of: isotropic, sign_flip"):
+        check_controls(["sign_flip", "isotropc"])
