@@ -1,9 +1,11 @@
 """Verdicts in words: what the medians of kappa allow to be said, by thresholds that were fixed before the data."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 NOISE = "isotropic"
+LACKING = {"none", "stretch"}
 
 
 class Thresholds(NamedTuple):
@@ -33,33 +35,42 @@ def judge(median: float, low: float, high: float, thresholds: Thresholds) -> str
 
 def expert_verdict(
     expert: str, groups: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """{verdict, words} of one expert from its pooled rows: one side suffices for a rotation, both must lack it."""
+) -> dict[str, Any]:
+    """{verdict, words, modules} of one expert: one side of all matrices, or of one module type, makes a rotation.
+
+    `modules` lists the types that rotate where not all matrices together do.
+    """
     pooled = {row["side"]: row for row in groups if row["module"] == "all"}
+    if all(math.isnan(row["kappa_median"]) for row in pooled.values()):
+        return {"verdict": "undecided", "words": f"{expert}: no matrix differs from the base", "modules": []}
     found = {row["verdict"] for row in pooled.values()}
-    if all(row["kappa_median"] != row["kappa_median"] for row in pooled.values()):
-        return {"verdict": "undecided", "words": f"{expert}: no matrix differs from the base"}
-    if "rotation" in found:
+    turning = [row for row in groups if row["verdict"] == "rotation"]
+    modules = [] if "rotation" in found else list(dict.fromkeys(row["module"] for row in turning))
+    if turning:
         verdict = "rotation"
-    elif found <= {"none", "stretch"}:
+    elif found <= LACKING:
         verdict = "none" if "none" in found else "stretch"
     else:
         verdict = "undecided"
+    place = f" in {_names(modules)} alone" if modules else ""
+    words = f"{expert}: {_MEANING[verdict]}{place}; {_numbers(pooled)}"
+    noise = [c for c in controls if (c["expert"], c["control"], c["side"]) == (expert, NOISE, "right")]
+    if noise:
+        words += f" (noise {noise[0]['nu_median']:.2f})"
+    planted = {side: row["fraction_median"] for side, row in pooled.items()}
+    if not any(math.isnan(value) for value in planted.values()):
+        told = ", ".join(f"{side} {value:.0%}" for side, value in planted.items())
+        words += f"; the planted rotation energy that shows as much: {told}"
+    return {"verdict": verdict, "words": words, "modules": modules}
+
+
+def _numbers(pooled: Mapping[str, Mapping[str, Any]]) -> str:
     kappas = ", ".join(f"{side} {_interval(row)}" for side, row in pooled.items())
-    right = pooled["right"]
-    noise = next((c for c in controls if (c["expert"], c["control"], c["side"]) == (expert, NOISE, "right")), None)
     shares = ", ".join(
         f"{side} {row['share_median']:.2f} (null {row['null_median']:.2f})" for side, row in pooled.items()
     )
-    words = (
-        f"{expert}: {_MEANING[verdict]}; median kappa {kappas}; share of the update explained {shares}; "
-        f"spectral change {right['nu_median']:.2f}" + (f" (noise {noise['nu_median']:.2f})" if noise else "")
-    )
-    planted = {side: row["fraction_median"] for side, row in pooled.items()}
-    if all(value == value for value in planted.values()):
-        told = ", ".join(f"{side} {value:.0%}" for side, value in planted.items())
-        words += f"; the planted rotation energy that shows as much: {told}"
-    return {"verdict": verdict, "words": words}
+    change = pooled["right"]["nu_median"]
+    return f"median kappa {kappas}; share of the update explained {shares}; spectral change nu {change:.2f}"
 
 
 _MEANING = {
@@ -70,23 +81,22 @@ _MEANING = {
 }
 
 
-def overall_verdict(experts: Mapping[str, Mapping[str, str]], references: Sequence[str]) -> str:
+def overall_verdict(experts: Mapping[str, Mapping[str, Any]], references: Sequence[str]) -> str:
     """One or two sentences over all experts; `references` are the models that were not tuned by RL."""
     verdicts = {name: found["verdict"] for name, found in experts.items() if name not in references}
     others = {name: experts[name]["verdict"] for name in references}
     rotations = [name for name, verdict in verdicts.items() if verdict == "rotation"]
+    told = f" The references: {_told(others)}." if others else ""
     if not verdicts:
         return "Nothing to judge: every model is a reference."
+    if not rotations and set(verdicts.values()) <= LACKING:
+        text = f"No rotation: the updates of {_names(verdicts)} are no nearer to one than their own sign flips."
+        if others and set(others.values()) <= LACKING:
+            return f"{text} The same holds for {_names(others)}: nothing here is special to RL."
+        return text + told
     if not rotations:
-        lacking = {"none", "stretch"}
-        if set(verdicts.values()) <= lacking:
-            text = f"No rotation: the updates of {_names(verdicts)} are no nearer to one than their own sign flips."
-            if others and set(others.values()) <= lacking:
-                return f"{text} The same holds for {_names(others)}: nothing here is special to RL."
-            return text + (f" The references: {_told(others)}." if others else "")
-        told = f"Undecided: {_told(verdicts)}; no update is a rotation by the stated threshold."
-        return told + (f" The references: {_told(others)}." if others else "")
-    text = f"Rotation in {_names(rotations)}"
+        return f"Undecided: {_told(verdicts)}; no update is a rotation by the stated threshold.{told}"
+    text = f"Rotation in {_names([_placed(name, experts[name]) for name in rotations])}"
     if len(rotations) < len(verdicts):
         text += f", not shown in {_names([name for name in verdicts if name not in rotations])}"
     if not others:
@@ -95,6 +105,10 @@ def overall_verdict(experts: Mapping[str, Mapping[str, str]], references: Sequen
     if alike:
         return f"{text}. It shows in {_names(alike)} as well: it is not special to RL."
     return f"{text}. The references do not show it: {_told(others)}."
+
+
+def _placed(name: str, found: Mapping[str, Any]) -> str:
+    return f"{name} ({', '.join(found['modules'])} alone)" if found["modules"] else name
 
 
 def _names(names: Any) -> str:
@@ -107,4 +121,5 @@ def _told(verdicts: Mapping[str, str]) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['kappa_median']:+.2f} ({row['kappa_low']:+.2f} to {row['kappa_high']:+.2f})"
+    median, low, high = (round(row[key], 2) + 0.0 for key in ("kappa_median", "kappa_low", "kappa_high"))
+    return f"{median:+.2f} ({low:+.2f} to {high:+.2f})"  # + 0.0 makes -0.0 a plain zero

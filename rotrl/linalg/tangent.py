@@ -40,7 +40,8 @@ def tangency(c: Coordinates, *, side: Sides) -> Tangency:
 
     Left: share = sum_{i<j<=r} (s_j T_ij - s_i T_ji)^2 / (s_i^2 + s_j^2) + sum_{i>r} T_ij^2, over ||D||^2.
     Independent signs on T_ij leave the mean sum_{i<j} (s_j^2 T_ij^2 + s_i^2 T_ji^2) / (s_i^2 + s_j^2) + free block and
-    the variance sum_{i<j} (2 s_i s_j T_ij T_ji / (s_i^2 + s_j^2))^2. Right: T transposed.
+    the variance sum_{i<j} (2 s_i s_j T_ij T_ji / (s_i^2 + s_j^2))^2. Right: T transposed. share - null is therefore
+    the same number on both sides: kappa alone says whether an update turns, its size on each side says where.
     """
     if side == "right":
         return tangency(c.mT, side="left")

@@ -129,9 +129,20 @@ def test_a_rotation_that_the_reference_shows_too_is_not_special_to_rl(family, ba
     assert found["verdict"] == "Rotation in rl. It shows in sft as well: it is not special to RL."
 
 
+def test_a_rotation_in_one_module_type_is_not_lost_in_the_pool(family, base):
+    noisy = family.moved(base, 1, 0.02)
+    part = {name: rotated(W, i) for i, (name, W) in enumerate(base.items()) if "o_proj" in name}
+    found = run(family, base, {"rl": noisy | part}, controls=[], planted=[])
+    assert found["experts"]["rl"]["verdict"] == "rotation"
+    assert found["experts"]["rl"]["modules"] == ["o"]
+    assert "a rotation in o alone" in found["experts"]["rl"]["words"]
+    assert found["verdict"].startswith("Rotation in rl (o alone).")
+
+
 def test_overall_verdict_in_words():
     def told(references=(), **verdicts):
-        return overall_verdict({name: {"verdict": verdict} for name, verdict in verdicts.items()}, references)
+        found = {name: {"verdict": verdict, "modules": []} for name, verdict in verdicts.items()}
+        return overall_verdict(found, references)
 
     assert "nothing here is special to RL" in told(["sft"], math="none", code="stretch", sft="stretch")
     assert told(math="stretch", code="none").startswith("No rotation: the updates of math and code")

@@ -139,6 +139,14 @@ def test_everything_is_invariant_under_rotations_of_both_spaces(m, n, seed, side
     assert torch.allclose(turned, P @ tangent_projection(W0, D, side=side) @ Q.T, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["generic", "pair", "deficient"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_sides_exceed_their_nulls_by_the_same_amount(shape, kind):
+    c = coordinates(special(kind, *shape), random(*shape, seed=1))
+    left, right = (tangency(c, side=side) for side in ("left", "right"))
+    assert torch.allclose(left.share - left.null, right.share - right.null, atol=1e-12)
+
+
 def expected_share(m, n, side):
     if side == "both":
         return 1 - 1 / max(m, n)
