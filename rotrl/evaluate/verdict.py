@@ -1,9 +1,8 @@
 """What a grader says about one completion."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Word = Literal[
+WORDS = (
     "accepted",
     "wrong answer",
     "time limit",
@@ -15,8 +14,7 @@ Word = Literal[
     "grader timeout",
     "grader error",
     "sandbox error",
-]
-WORDS: tuple[str, ...] = get_args(Word)
+)
 UNGRADABLE = frozenset({"grader timeout", "grader error", "sandbox error"})
 
 
@@ -33,5 +31,7 @@ class Verdict:
     detail: str = ""
 
     @classmethod
-    def of(cls, word: Word, grader: str, detail: str = "") -> "Verdict":
+    def of(cls, word: str, grader: str, detail: str = "") -> "Verdict":
+        if word not in WORDS:
+            raise ValueError(f"{word!r} is no verdict")
         return cls(word, None if word in UNGRADABLE else word == "accepted", grader, detail)
