@@ -56,12 +56,8 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of names, dtypes, shapes and bytes in name order: the same however the weights are sharded."""
-        digest = hashlib.sha256()
-        for name, info in self.tensors.items():
-            digest.update(json.dumps([name, str(info.dtype), info.shape]).encode())
-            digest.update(self._view(name).contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Digest of names, dtypes, shapes and bytes: the same however the weights are sharded."""
+        return weights_digest({name: tensor_digest(self._view(name)) for name in self.tensors})
 
     def _view(self, name: str) -> Tensor:
         file = self.tensors[name].file
@@ -70,6 +66,26 @@ class Checkpoint:
                 return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor '{name}' can't be read ({error})") from error
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as safetensors stores them."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.digest()
+
+
+def weights_digest(digests: Mapping[str, bytes]) -> str:
+    """The sha256 of a checkpoint from those of its tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(digests):
+        digest.update(json.dumps(name).encode() + digests[name])
+    return digest.hexdigest()
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:

@@ -39,7 +39,12 @@ class RotationsFile:
 
     path: Path
     metadata: dict[str, str]
-    names: tuple[str, ...]
+    sizes: dict[str, dict[str, int]]  # tensor -> side -> dimensions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that have rotations."""
+        return tuple(self.sizes)
 
     @property
     def source(self) -> dict:
@@ -48,7 +53,7 @@ class RotationsFile:
 
     def get(self, name: str) -> Rotation | None:
         """The rotation of the tensor `name`, None where there is none."""
-        if name not in self.names:
+        if name not in self.sizes:
             return None
         with safe_open(self.path, framework="pt") as handle:
             stored = set(handle.keys())
@@ -96,4 +101,8 @@ def open_rotations(path: Path | str) -> RotationsFile:
         problems.append("metadata 'source' is absent or not JSON")
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}; run the alignment again")
-    return RotationsFile(path, metadata, tuple(sorted({entry.rpartition(".")[0] for entry in shapes})))
+    sizes: dict[str, dict[str, int]] = {}
+    for entry in sorted(shapes):
+        name, _, side = entry.rpartition(".")
+        sizes.setdefault(name, {})[side] = shapes[entry][0]
+    return RotationsFile(path, metadata, sizes)

@@ -1,0 +1,123 @@
+"""What stands beside the weights: config, tokenizer, chat template, generation config, model card, merge config."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rotrl.checkpoint.files import file_sha256, whole_file
+from rotrl.checkpoint.reader import Checkpoint
+from rotrl.checkpoint.writer import write_json
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG = "rotrl_config.yaml"
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A merge of {{ experts }} over {{ base }} by `{{ method }}`, made with rotrl.
+
+```yaml
+{{ configuration }}```
+{% if facts %}
+| | |
+|---|---|
+{% for name, value in facts %}| {{ name }} | {{ value }} |
+{% endfor %}{% endif %}{% if warnings %}
+{% for warning in warnings %}- {{ warning }}
+{% endfor %}{% endif %}{% if table %}
+## Evaluation
+
+{{ table }}
+{% endif %}"""
+
+
+def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    """config.json with the new dtype, and tokenizer, chat template and generation config as they are."""
+    key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
+    write_json(folder / "config.json", {**source.config, key: str(dtype).removeprefix("torch.")})
+    for name in COPIED:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+
+
+def sidecar_digest(source: Checkpoint) -> str:
+    """One sha256 over config.json and all that copy_sidecars takes along."""
+    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    for name in COPIED:
+        if (source.path / name).is_file():
+            digest.update(f"{name} {file_sha256(source.path / name)}".encode())
+    return digest.hexdigest()
+
+
+def write_config(folder: Path, content: Mapping[str, Any]) -> str:
+    """rotrl_config.yaml, from which the merge can be made again; gives its text."""
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    with whole_file(folder / CONFIG) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
+def write_card(
+    folder: Path,
+    *,
+    title: str,
+    method: str,
+    models: Sequence[Checkpoint],
+    configuration: str,
+    facts: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    table: str | None = None,
+) -> None:
+    """README.md as the hub reads it: base_model, relation merge, library and tags. `models` begin with the base."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    names = [model_name(model.path) for model in models]
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(names)),
+        base_model_relation="merge",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "rotrl", method],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_CARD,
+        title=title,
+        method=method,
+        base=names[0],
+        experts=", ".join(names[1:]),
+        configuration=configuration,
+        facts=list(facts.items()),
+        warnings=list(warnings),
+        table=table,
+    )
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def model_name(path: Path) -> str:
+    """`owner/name` for a snapshot in the hub's cache, else the folder's name: no path of this machine is published."""
+    for part in path.absolute().parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return path.absolute().name

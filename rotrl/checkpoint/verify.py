@@ -1,0 +1,50 @@
+"""Is a merged checkpoint what was written? Bytes against the manifest, headers against the index, finite values."""
+
+import json
+from pathlib import Path
+
+from rotrl.checkpoint.files import file_sha256
+from rotrl.checkpoint.reader import open_checkpoint
+from rotrl.checkpoint.writer import MANIFEST
+from rotrl.errors import CheckpointError
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of a sound folder; CheckpointError lists every file that is absent, extra or changed."""
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    listed = manifest["files"]
+    problems = []
+    for name, entry in listed.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"'{name}' is absent")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"'{name}' has {file.stat().st_size} bytes, {entry['bytes']} were written")
+        elif file_sha256(file) != entry["sha256"]:
+            problems.append(f"'{name}' has other bytes than were written")
+    extra = sorted(file.name for file in folder.iterdir() if file.name not in {*listed, MANIFEST})
+    problems += [f"'{name}' is not in the manifest" for name in extra]
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}; make the merge again with overwrite=true")
+    checkpoint = open_checkpoint(folder)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+    if checkpoint.sha256 != manifest["weights_sha256"]:
+        raise CheckpointError(f"{folder}: the weights are not those of {MANIFEST}; make the merge again")
+    return manifest
+
+
+def _manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: folder does not exist; give a merged checkpoint")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values()):
+            return {**manifest, "weights_sha256": manifest["weights_sha256"]}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: does not exist; only checkpoints that rotrl wrote can be verified") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable as a manifest ({error}); make the merge again") from error
+    raise CheckpointError(f"{path}: entries lack bytes or sha256; make the merge again")

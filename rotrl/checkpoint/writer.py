@@ -1,0 +1,150 @@
+"""A checkpoint appears whole or not at all: built in a staging folder beside the target, published by rename."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from rotrl.checkpoint.files import file_sha256, fsync, whole_file
+from rotrl.checkpoint.reader import DTYPES, INDEX, tensor_bytes, tensor_digest, weights_digest
+from rotrl.errors import CheckpointError
+
+MANIFEST = "rotrl_manifest.json"
+SHARD_SIZE = 5 * 10**9
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@contextmanager
+def staging(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives an empty folder beside `target`; on success it becomes `target`, on any error nothing remains of it.
+
+    An existing target is replaced only if `overwrite`, and kept until the new one is whole. FileExistsError where
+    another process has published meanwhile; CheckpointError where the disk refuses.
+    """
+    target = Path(target).absolute()
+    folder = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        folder.mkdir()
+        yield folder
+        fsync(folder)
+        _publish(folder, target, overwrite)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise CheckpointError(
+            f"{target}: can't be written ({error.strerror or error}); free the disk or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensor_of: Callable[[str], Tensor]
+) -> tuple[str, dict[str, str]]:
+    """Streams the tensors into shards, one in memory at a time; gives the weights' sha256 and each file's.
+
+    `tensor_of(name)` is called once per tensor, shard by shard; the result must have the given shape and dtype.
+    """
+    meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    plan = split_torch_state_dict_into_shards(meta, max_shard_size=SHARD_SIZE)
+    digests: dict[str, bytes] = {}
+    files = {}
+    for file, names in plan.filename_to_tensors.items():
+        files[file] = _write_shard(folder / file, {name: meta[name] for name in names}, tensor_of, digests)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / INDEX, index)
+        files[INDEX] = file_sha256(folder / INDEX)
+    return weights_digest(digests), files
+
+
+def write_manifest(folder: Path, files: Mapping[str, str], content: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint: `content` and the size and sha256 of each file in the folder."""
+    listed = {
+        file.name: {"bytes": file.stat().st_size, "sha256": files.get(file.name) or file_sha256(file)}
+        for file in sorted(folder.iterdir())
+    }
+    write_json(folder / MANIFEST, {**content, "files": listed})
+
+
+def valid_manifest(folder: Path) -> dict | None:
+    """The manifest of a published checkpoint whose files are there in their sizes; None for anything else.
+
+    Cheap, so that a finished merge is reused at once; `verify` hashes the bytes.
+    """
+    try:
+        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        if all((Path(folder) / name).stat().st_size == size for name, size in sizes.items()):
+            return manifest
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    path: Path, meta: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], digests: dict[str, bytes]
+) -> str:
+    """The safetensors format by hand, because save_file wants all tensors of a shard in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in meta.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with whole_file(path) as temporary, temporary.open("wb") as stream:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            stream.write(chunk)
+        for name, expected in meta.items():
+            tensor = tensor_of(name)
+            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
+            content = tensor_bytes(tensor)
+            digest.update(content)
+            stream.write(content)
+            digests[name] = tensor_digest(tensor)
+    return digest.hexdigest()
+
+
+def _publish(folder: Path, target: Path, overwrite: bool) -> None:
+    old = folder.with_suffix(".old")
+    if overwrite and target.exists():
+        target.rename(old)
+    try:
+        folder.rename(target)  # replaces no folder that holds anything
+    except OSError as error:
+        if old.exists():
+            old.rename(target)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(f"{target} exists") from error
+        raise
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Staging folders that killed processes of this machine left beside the target."""
+    mark = f".{target.name}.{socket.gethostname()}-"
+    for folder in target.parent.glob(f"{mark}*.partial"):
+        process = folder.name.removeprefix(mark).removesuffix(".partial")
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+            shutil.rmtree(folder, ignore_errors=True)

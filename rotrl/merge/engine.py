@@ -1,0 +1,247 @@
+"""Plans a merge from headers, then streams it: per tensor read, merge, cast, write, measure."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rotrl
+from rotrl.checkpoint.files import file_sha256
+from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.reader import Checkpoint, check_family
+from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
+from rotrl.checkpoint.writer import staging, write_manifest, write_weights
+from rotrl.errors import ConfigError, NumericsError
+from rotrl.merge.measure import Measure
+from rotrl.merge.merger import Merger
+from rotrl.merge.method import Method
+from rotrl.merge.target import check_space, fingerprint, reusable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOSS_LIMIT = 0.01
+PROBES = 8
+NUMBERS = 1  # raised whenever the same configuration gives other numbers than before
+
+
+def plan_merge(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, *, dtype: str = "auto"
+) -> dict[str, Any]:
+    """What a merge will touch, from headers alone: tensors by role, bytes and peak memory at most, warnings."""
+    check_family(base, experts)
+    roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
+    sizes = {name: math.prod(info.shape) for name, info in base.tensors.items()}
+    acted = [name for name, info in base.tensors.items() if method.acts_on(roles[name], len(info.shape))]
+    stored = _stored(base)
+    widest = torch.float32 if dtype == "auto" else _dtype(dtype)
+    warnings = []
+    if unknown := [name for name, role in roles.items() if role.module == "other"]:
+        warnings.append(f"{len(unknown)} tensors have no known role, first '{unknown[0]}'")
+    for name, expert in experts.items():
+        if _stored(expert) != stored:
+            warnings.append(f"expert {name} is stored in {_word(_stored(expert))}, the base in {_word(stored)}")
+    return {
+        "tensors": dict(Counter(role.module for role in roles.values())),
+        "by_method": len(acted),
+        "by_linear_rule": len(roles) - len(acted),
+        "parameters": sum(sizes.values()),
+        "bytes": sum(sizes.values()) * widest.itemsize,
+        "dtype": dtype,
+        "peak_bytes": max(sizes.values()) * 4 * (2 * len(experts) + 4),
+        "warnings": warnings,
+    }
+
+
+def merge_state(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, rotations: Path | None = None
+) -> dict[str, Tensor]:
+    """The merged tensors in float32, all in memory."""
+    merger = Merger(base, experts, method, rotations)
+    return {name: merger(name)[2] for name in base.tensors}
+
+
+def merge(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    method: Method,
+    target: Path,
+    *,
+    dtype: str = "auto",
+    rotations: Path | None = None,
+    overwrite: bool = False,
+    table: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes the merged checkpoint to `target`, or reuses what is there from the same inputs.
+
+    `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `table` is Markdown for
+    the model card. Gives path, sha256, fingerprint, reused, seconds, dtype, effective_coefficient (along sum d_i),
+    coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|), storage_loss, warnings.
+    """
+    begun, target = time.monotonic(), Path(target)
+    if dtype != "auto":
+        _dtype(dtype)
+    merger = Merger(base, experts, method, rotations)
+    inputs, models = _inputs(merger, dtype, rotations), [base, *experts.values()]
+    manifest = reusable(target, inputs, models, overwrite=overwrite)
+    reused = manifest is not None
+    if manifest is None:
+        plan = plan_merge(base, experts, method, dtype=dtype)
+        check_space(target, plan["bytes"])
+        try:
+            manifest = _publish(
+                target, merger, inputs, overwrite=overwrite, warnings=plan["warnings"], table=table, progress=progress
+            )
+        except FileExistsError:  # another process was faster
+            manifest, reused = reusable(target, inputs, models), True
+    assert manifest is not None
+    told = ("fingerprint", "dtype", "effective_coefficient", "coefficients", "norm_ratio", "storage_loss", "warnings")
+    return {
+        "path": str(target),
+        "sha256": manifest["weights_sha256"],
+        "reused": reused,
+        "seconds": time.monotonic() - begun,
+        **{key: manifest[key] for key in told},
+    }
+
+
+def _publish(
+    target: Path,
+    merger: Merger,
+    inputs: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    warnings: Sequence[str],
+    table: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Writes weights, sidecars, card and, last, the manifest, which it gives."""
+    models = [merger.base, *merger.experts.values()]
+    notes = list(warnings)
+    with staging(target, overwrite=overwrite) as folder:
+        dtype, measure, sha256, files = _write(folder, merger, inputs["dtype"], notes, progress)
+        copy_sidecars(merger.base, folder, dtype)
+        configuration = write_config(folder, {**inputs, "names": [model_name(model.path) for model in models]})
+        facts = {
+            "stored in": f"{_word(dtype)}, which loses {measure.storage_loss:.2g} of the update",
+            "effective coefficient": f"{measure.effective_coefficient:.3g}",
+            "update over mean expert update": f"{measure.norm_ratio:.3g}",
+            "weights sha256": sha256,
+        }
+        write_card(
+            folder,
+            title=target.absolute().name,
+            method=merger.method.name,
+            models=models,
+            configuration=configuration,
+            facts=facts,
+            warnings=notes,
+            table=table,
+        )
+        content = {
+            "rotrl": rotrl.__version__,
+            "fingerprint": fingerprint(inputs),
+            "inputs": inputs,
+            "weights_sha256": sha256,
+            "dtype": _word(dtype),
+            "effective_coefficient": measure.effective_coefficient,
+            "coefficients": measure.coefficients,
+            "norm_ratio": measure.norm_ratio,
+            "storage_loss": measure.storage_loss,
+            "warnings": notes,
+        }
+        write_manifest(folder, files, content)
+    return content
+
+
+def _write(
+    folder: Path, merger: Merger, dtype: str, notes: list[str], progress: Callable[[int, int], None] | None
+) -> tuple[torch.dtype, Measure, str, dict[str, str]]:
+    """The weights in the first dtype that keeps the update, judged on a few tensors, then on all."""
+    stored = _stored(merger.base) if dtype == "auto" else _dtype(dtype)
+    if dtype == "auto" and stored.itemsize == 2:
+        probes = merger.acted[:: math.ceil(len(merger.acted) / PROBES)]
+        loss = _loss(merger, probes, stored)
+        if loss < LOSS_LIMIT:
+            measure, sha256, files = _stream(folder, merger, stored, progress)
+            if (loss := measure.storage_loss) < LOSS_LIMIT:
+                return stored, measure, sha256, files
+            for file in files:
+                (folder / file).unlink()
+        notes.append(f"stored in float32: {_word(stored)} would lose {loss:.2g} of the update")
+    if dtype == "auto":
+        stored = torch.float32
+    measure, sha256, files = _stream(folder, merger, stored, progress)
+    if measure.storage_loss >= LOSS_LIMIT:
+        notes.append(f"{_word(stored)} loses {measure.storage_loss:.2g} of the update; dtype=float32 keeps it")
+    notes += [f"expert {name} equals the base" for name in merger.experts if not measure.norm_of(name)]
+    return stored, measure, sha256, files
+
+
+def _stream(
+    folder: Path, merger: Merger, dtype: torch.dtype, progress: Callable[[int, int], None] | None
+) -> tuple[Measure, str, dict[str, str]]:
+    measure, done = Measure(list(merger.experts)), 0
+
+    def tensor_of(name: str) -> Tensor:
+        nonlocal done
+        stored = _measured(merger, name, dtype, measure)
+        done += 1
+        if progress is not None:
+            progress(done, len(merger.base.tensors))
+        return stored
+
+    shapes = {name: info.shape for name, info in merger.base.tensors.items()}
+    sha256, files = write_weights(folder, shapes, dtype, tensor_of)
+    return measure, sha256, files
+
+
+def _measured(merger: Merger, name: str, dtype: torch.dtype, measure: Measure) -> Tensor:
+    base, experts, merged = merger(name)
+    stored = merged.to(dtype)
+    if not stored.isfinite().all():
+        raise NumericsError(f"tensor '{name}': values overflow {_word(dtype)}; use dtype=float32")
+    measure.add(base, experts, merged, stored)
+    return stored
+
+
+def _loss(merger: Merger, names: Sequence[str], dtype: torch.dtype) -> float:
+    measure = Measure(list(merger.experts))
+    for name in names:
+        _measured(merger, name, dtype, measure)
+    return measure.storage_loss
+
+
+def _inputs(merger: Merger, dtype: str, rotations: Path | None) -> dict[str, Any]:
+    """Everything that the bytes of the merge depend on, by content."""
+    return {
+        "base": merger.base.sha256,
+        "experts": [[name, expert.sha256] for name, expert in merger.experts.items()],
+        "merge": merger.method.config,
+        "dtype": dtype,
+        "rotations": file_sha256(rotations) if rotations and merger.rotations else None,
+        "sidecars": sidecar_digest(merger.base),
+        "numbers": NUMBERS,
+    }
+
+
+def _stored(model: Checkpoint) -> torch.dtype:
+    """The dtype of most of a checkpoint's values."""
+    sizes = Counter[torch.dtype]()
+    for info in model.tensors.values():
+        sizes[info.dtype] += math.prod(info.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _dtype(word: str) -> torch.dtype:
+    if word not in DTYPES:
+        raise ConfigError(f"dtype is {word!r}, one of auto, {', '.join(DTYPES)} is expected")
+    return DTYPES[word]
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,96 @@
+"""The tensors of one merge, each made when asked for; streaming and in-memory merges are loops over it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.reader import Checkpoint, check_family
+from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
+from rotrl.errors import CheckpointError, ConfigError, NumericsError
+from rotrl.merge.method import Method, bind
+
+Source = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+
+
+class Merger:
+    """Checks all that headers can tell, then gives base, experts and merge of a tensor by its name."""
+
+    def __init__(
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, rotations: Path | None = None
+    ) -> None:
+        check_family(base, experts)
+        self.base, self.experts, self.method = base, dict(experts), method
+        self.roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
+        self.acted = [name for name, info in base.tensors.items() if method.acts_on(self.roles[name], len(info.shape))]
+        if not self.acted:
+            raise ConfigError(
+                f"merge={method.name} acts on the matrices of attention and MLP, and no tensor of {base.path} has such "
+                "a name; use merge.scope=all"
+            )
+        self.rotations: RotationsFile | None = None
+        self._source: Source | None = None
+        if method.needs_rotations:
+            if rotations is None:
+                raise ConfigError(f"merge={method.name} applies rotations and there are none; choose an align stage")
+            self.rotations = open_rotations(rotations)
+            self._check(self.rotations)
+            self._source = self._source_of(self.rotations)
+
+    def __call__(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Base, experts and merge in float32. NumericsError names the tensor."""
+        base = self.base.read(name).float()
+        experts = [expert.read(name).float() for expert in self.experts.values()]
+        try:
+            merged = self.method(
+                name,
+                self.roles[name],
+                base,
+                experts,
+                rotation=self.rotations.get(name) if self.rotations else None,
+                source=self._source(name, base, experts) if self._source else None,
+            )
+            if not merged.isfinite().all():
+                raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
+        except NumericsError as error:
+            raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error
+        return base, experts, merged
+
+    def _check(self, rotations: RotationsFile) -> None:
+        """Whether the rotations fit the tensors and were made for these weights."""
+        problems = []
+        for name, sizes in rotations.sizes.items():
+            info = self.base.tensors.get(name)
+            if info is None:
+                problems.append(f"'{name}' is no tensor of the base")
+                continue
+            expected: dict[str, int] = dict(zip(SIDES, info.shape, strict=False))
+            problems += [
+                f"'{name}.{side}' turns {size} dimensions, the tensor has {expected.get(side)}"
+                for side, size in sizes.items()
+                if size != expected.get(side)
+            ]
+        models = {"base": self.base, **self.experts}
+        for name, sha256 in json.loads(rotations.metadata.get("inputs", "{}")).items():
+            if name in models and models[name].sha256 != sha256:
+                problems.append(f"it was made for other weights of {name}")
+        if problems:
+            raise CheckpointError(f"{rotations.path}: {'; '.join(problems)}; run the alignment again")
+
+    def _source_of(self, rotations: RotationsFile) -> Source:
+        source, experts = rotations.source, list(self.experts)
+        if source == {"model": "base"}:
+            return lambda name, base, weights: base
+        if source.get("expert") in experts:
+            position = experts.index(source["expert"])
+            return lambda name, base, weights: weights[position]
+        if "merge" in source:
+            start = bind(source["merge"], experts)
+            if not start.needs_rotations:
+                return lambda name, base, weights: start(name, self.roles[name], base, weights)
+        raise CheckpointError(
+            f"{rotations.path}: its source {json.dumps(source)} is neither the base, nor one of the experts "
+            f"{', '.join(experts)}, nor a merge without rotations; run the alignment again"
+        )
