@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rotrl.report.standings import Interval, Row, Standings, number, paired, total
+from rotrl.report.standings import Interval, Row, Standings, experts, number, paired, total
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -43,10 +43,12 @@ def lineage_words(record: Mapping[str, Any]) -> list[str]:
 
 
 def geometry_words(record: Mapping[str, Any]) -> list[str]:
-    """The stage's verdict, then the widest group of matrices with its null beside it."""
+    """The stage's verdict, then the group of matrices nearest to a rotation, with its null beside it."""
     geometry = record.get("geometry") or {}
     words = [str(geometry["verdict"])] if geometry.get("verdict") else []
-    rows = [row for row in geometry.get("rows") or [] if number(row.get("kappa_median")) is not None]
+    trained = experts(record)
+    rows = [row for row in geometry.get("rows") or [] if row.get("expert") in trained and row.get("module") != "all"]
+    rows = [row for row in rows if number(row.get("kappa_median")) is not None]
     if rows:
         top = max(rows, key=lambda row: float(row["kappa_median"]))
         kappa = Interval(float(top["kappa_median"]), number(top.get("kappa_low")), number(top.get("kappa_high")))

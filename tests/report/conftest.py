@@ -16,7 +16,7 @@ SHAPES = {
     "up": (256, 96),
     "down": (96, 256),
 }
-CONTROLS = ("isotropic", "sign_flip", "permuted", "bf16")
+CONTROLS = ("isotropic", "sign_flip", "permuted", "bf16_rounding", "planted_0.0", "planted_0.5", "planted_1.0")
 SKILL = {  # true accuracies: (tiny_math, tiny_code)
     "base": (0.25, 0.44),
     "math": (0.80, 0.39),
@@ -63,7 +63,8 @@ def geometry_rows(rng):
     ):
         for control in ("", *(CONTROLS if expert != "math_sft" else ())):
             null = np.clip(null_share(m, n, side) + rng.normal(0, 0.01), 0.01, 0.98)
-            kappa = rng.normal(-0.02 if not control else 0.0, 0.02)
+            planted = {"planted_0.5": 0.25, "planted_1.0": 0.95}.get(control, 0.0)
+            kappa = planted + rng.normal(-0.02 if not control else 0.0, 0.02)
             rows.append(
                 {
                     "expert": expert,
@@ -226,6 +227,8 @@ def skeleton():
             "angle_rms": 0.6,
             "angle_max": 4.3,
             "orthogonality_error": 3e-7,
+            "explained": 0.02,
+            "closed_form": 0.41,
             "curve": [
                 {"step": s, "kl_math": 0.02 + 0.09 * 0.96**s, "kl_code": 0.015 + 0.065 * 0.95**s}
                 for s in range(0, 121, 4)
