@@ -20,6 +20,12 @@ def attack(folder, port, pid):
         if not os.environ:
             raise KeyError
 
+    def execute():
+        try:
+            os.execv(folder + "/absent", ["absent"])
+        except FileNotFoundError:  # the kernel went as far as to look for it
+            return
+
     attacks = {
         "read a file": lambda: open(folder + "/secret").read(),
         "write a file": lambda: open(folder + "/written", "w"),
@@ -29,7 +35,7 @@ def attack(folder, port, pid):
         "read another environment": lambda: open(f"/proc/{pid}/environ", "rb").read(),
         "see the environment": environment,
         "start a process": fork,
-        "execute": lambda: os.execv("/bin/true", ["true"]),
+        "execute a file": execute,
     }
     through = []
     for name, action in attacks.items():

@@ -88,41 +88,34 @@ class Sandbox:
         return outcomes
 
     def _attempt(
-        self, program: str, inputs: list, entry_point: str | None, limits: Limits, alone=False
+        self, program: str, inputs: list, entry_point: str | None, limits: Limits, alone: bool = False
     ) -> list[Outcome]:
-        """One process; a sandbox that fails is started anew once before its failure is the outcome."""
+        """One process; a server that fails is started anew once before its failure is the outcome."""
         with contextlib.ExitStack() as stack:
             if alone:
                 stack.enter_context(self._alone)
                 for _ in range(self.workers - 1):
                     stack.callback(self._idle.put, self._idle.get())
-            for last in (False, True):
+            server = self._idle.get()
+            try:
                 try:
-                    with self._server() as server:
-                        return _one_process(server, program, inputs, entry_point, limits)
-                except SandboxFault as fault:
-                    if last or self._closed:
-                        return [Outcome("sandbox error", detail=str(fault))]
-        raise AssertionError("unreachable")
-
-    @contextlib.contextmanager
-    def _server(self):
-        server = self._idle.get()
-        try:
-            yield server
-        except BaseException:
-            server.kill()
-            server = self._restart(server)
-            raise
-        finally:
-            self._idle.put(server)
+                    return _one_process(server, program, inputs, entry_point, limits)
+                except SandboxFault:
+                    server = self._restart(server)
+                    return _one_process(server, program, inputs, entry_point, limits)
+            except SandboxFault as fault:
+                return [Outcome("sandbox error", detail=str(fault))]
+            finally:
+                self._idle.put(server)
 
     def _restart(self, dead: Server) -> Server:
+        dead.kill()
+        server = self._start()
         try:
-            server = self._start()
             server.handshake()
         except SandboxFault:
-            return dead
+            server.kill()
+            raise
         self._servers.discard(dead)
         return server
 

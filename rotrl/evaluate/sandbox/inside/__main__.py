@@ -25,7 +25,6 @@ def main() -> None:
         return
     sys.path.pop(0)
     os.environ.clear()
-    random.seed(0)  # the same program gives the same output again
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"error": None}).encode())

@@ -8,6 +8,7 @@ import atexit
 import builtins
 import json
 import os
+import random
 import sys
 import textwrap
 import threading
@@ -29,6 +30,7 @@ def run(data: bytes, report: int):
     request = json.loads(data)
     builtins.exit = builtins.quit = sys.exit  # `site` would add them
     sys.setrecursionlimit(50_000)
+    random.seed(0)  # the same program gives the same output again; a fork would reseed
     sys.argv = ["program"]
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
