@@ -58,11 +58,11 @@ def calculate(value: int, sign: str, n: int) -> int:
 
 
 def draw_sum(rng: random.Random) -> Sum:
-    start = value = rng.randint(1, 20)
+    start = value = rng.randint(1, 9)
     operations: list[tuple[str, int]] = []
     while len(operations) < STEPS:
         sign = rng.choice("+-*")
-        n = rng.randint(2, 9) if sign == "*" else rng.randint(1, 20)
+        n = rng.randint(2 if sign == "*" else 1, 9)
         if 0 <= calculate(value, sign, n) <= 99:
             operations.append((sign, n))
             value = calculate(value, sign, n)
