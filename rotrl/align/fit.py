@@ -62,7 +62,7 @@ def stiefel(
     asked = {key: value for key, value in locals().items() if key not in ("base", "experts", "out", "progress")}
     began = time.monotonic()
     if init not in ("identity", "procrustes"):
-        raise ConfigError(f"align.init={init!r}: one of identity, procrustes")
+        raise ConfigError(f"align.init={init!r}; one of: identity, procrustes")
     models = {"base": base, **experts}
     problem = pose(base, experts, source=source, start=start, teachers=teachers)
     everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)

@@ -43,8 +43,6 @@ class Rotations(nn.Module):
 
     def __init__(self, matrices: Mapping[str, Tensor], *, side: str = "small"):
         super().__init__()
-        if side not in SIDES:
-            raise ConfigError(f"align.side={side!r}: one of {', '.join(SIDES)}")
         self.stacks: list[tuple[str, tuple[str, ...]]] = []  # side and tensor names of each stack
         self.rotations = nn.ParameterList()
         groups: dict[tuple[str, torch.Size], list[str]] = {}
@@ -104,7 +102,9 @@ class Rotations(nn.Module):
 
 
 def side_of(matrix: Tensor, side: str) -> str:
-    """`left` or `right` for a matrix (out, in)."""
+    """`left` or `right` for a matrix (out, in); ConfigError for a side that is none of SIDES."""
+    if side not in SIDES:
+        raise ConfigError(f"align.side={side!r}; one of: {', '.join(SIDES)}")
     if side != "small":
         return side
     return "left" if matrix.shape[0] < matrix.shape[1] else "right"

@@ -78,7 +78,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             "the manifold at once); use strategy=auto"
         )
     if (precision := str(settings.get("precision", "32-true"))) not in PRECISIONS:
-        raise ConfigError(f"trainer.precision={precision!r}: rotations need float32; one of {', '.join(PRECISIONS)}")
+        raise ConfigError(f"trainer.precision={precision!r}: rotations need float32; one of: {', '.join(PRECISIONS)}")
 
 
 def frozen_dtype(settings: Mapping[str, Any]) -> torch.dtype:

@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 
-VOCABULARY = 23
+VOCABULARY, SAMPLES = 23, 4
 TRAINER = {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1}
 
 
@@ -33,17 +33,12 @@ def save_rollouts(model: Qwen2ForCausalLM, path: Path, problems: int, seed: int)
     torch.manual_seed(seed)
     lines = []
     for problem in range(problems):
-        prompt = torch.randint(VOCABULARY, (1, 3 + problem % 3))
-        ids = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            max_new_tokens=4 + problem % 5,
-            pad_token_id=0,
-        )
-        completion = ids[0, prompt.shape[1] :].tolist()
-        entry = {"prompt_ids": prompt[0].tolist(), "completion_ids": completion, "problem_id": f"p{problem}"}
-        lines.append(json.dumps({**entry, "sample_index": 0}))
+        prompt = torch.randint(VOCABULARY, (1, 3 + problem % 3)).expand(SAMPLES, -1)
+        mask, length = torch.ones_like(prompt), 4 + problem % 5
+        ids = model.generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=length, pad_token_id=0)
+        for index, row in enumerate(ids.tolist()):
+            tokens = {"prompt_ids": row[: prompt.shape[1]], "completion_ids": row[prompt.shape[1] :]}
+            lines.append(json.dumps({**tokens, "problem_id": f"p{problem}", "sample_index": index}))
     path.write_text("\n".join(lines) + "\n")
     return path
 
