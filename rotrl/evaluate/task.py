@@ -56,7 +56,7 @@ def custom(path: str | Path, name: str | None = None, limit: int | None = None) 
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # U+2028 is text inside JSON
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{file}: can't be read as UTF-8 text ({error}); give the path of a JSONL file") from None
     problems: list[Problem] = []
