@@ -50,7 +50,7 @@ def test_a_method_of_class_solution_is_found(sandbox):
         "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))\nsys.exit()",
         "print(sum(map(int, open(0).read().split())))\nexit()",
         "import os\ndata = os.read(0, os.fstat(0).st_size)\nprint(sum(map(int, data.split())))\nquit(0)",
-        "import sys, threading\ndef main():\n    print(sum(map(int, sys.stdin)))\nthreading.Thread(target=main).start()",
+        "import sys, threading\nf = lambda: print(sum(map(int, sys.stdin)))\nthreading.Thread(target=f).start()",
         "if __name__ == '__main__':\n    import os\n    print(3 + 4, flush=True)\n    os._exit(0)",
         "import atexit\natexit.register(lambda: print(7))",
     ],
@@ -92,7 +92,13 @@ def test_a_sleeping_program_ends_by_the_wall_clock(sandbox):
 
 
 def test_the_time_limit_is_that_of_one_test_not_of_all(sandbox):
-    program = "import time\ndef f(x):\n    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n    return x"
+    program = """
+import time
+def f(x):
+    end = time.process_time() + 0.2
+    while time.process_time() < end: pass
+    return x
+"""
     outcomes = sandbox.run(program, numbers(1, 2, 3), "f", SHORT)
     assert [outcome.value for outcome in outcomes] == [1, 2, 3]
 
@@ -115,7 +121,11 @@ def test_programs_see_the_same_random_numbers_and_set_order_every_time(sandbox):
 
 
 def test_the_library_is_there(sandbox):
-    program = "def f(x):\n    import csv, sqlite3, unittest, xml.sax, zoneinfo, encodings.cp1252\n    return 'é'.encode('cp1252').hex()"
+    program = """
+def f(x):
+    import csv, sqlite3, unittest, xml.sax, zoneinfo
+    return 'é'.encode('cp1252').hex()
+"""
     assert sandbox.run(program, numbers(1), "f")[0].value == "e9"
 
 
@@ -130,7 +140,9 @@ def test_close_ends_a_running_program_at_once(sandbox):
     with Sandbox(sandbox.level, workers=1) as other:
         found = []
         limits = Limits(cpu_seconds=100, wall_seconds=100)
-        thread = threading.Thread(target=lambda: found.extend(other.run("while True: pass", [Test("", None)], None, limits)))
+        thread = threading.Thread(
+            target=lambda: found.extend(other.run("while True: pass", [Test("", None)], None, limits))
+        )
         thread.start()
         time.sleep(0.3)
         started = time.monotonic()
@@ -232,5 +244,5 @@ def test_levels_are_ordered_from_weak_to_strong():
 
 def test_refusal_below_the_minimum_names_the_level(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(EvaluationError, match="level bubblewrap or above.*bwrap is not installed"):
+    with pytest.raises(EvaluationError, match=r"level bubblewrap or above.*bwrap is not installed"):
         open_sandbox(minimum="bubblewrap", workers=1)
