@@ -72,6 +72,11 @@ def save_rotations(path: Path, rotations: Mapping[str, Rotation], metadata: Mapp
         for side in SIDES
         if (matrix := getattr(rotation, side)) is not None
     }
+    seen: set[int] = set()
+    for entry, matrix in entries.items():
+        if matrix.data_ptr() in seen:  # safetensors refuses tensors that share memory
+            entries[entry] = matrix.clone()
+        seen.add(matrix.data_ptr())
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:

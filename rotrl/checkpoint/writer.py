@@ -1,6 +1,7 @@
 """A checkpoint appears whole or not at all: built in a staging folder beside the target, published by rename."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,15 +25,19 @@ SHARD_SIZE = 5 * 10**9
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class AlreadyPublished(Exception):
+    """Another process has published the target meanwhile."""
+
+
 @contextmanager
 def staging(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives an empty folder beside `target`; on success it becomes `target`, on any error nothing remains of it.
 
-    An existing target is replaced only if `overwrite`, and kept until the new one is whole. FileExistsError where
-    another process has published meanwhile; CheckpointError where the disk refuses.
+    An existing target is replaced only if `overwrite`, and kept until the new one is whole. AlreadyPublished where
+    another process was faster; CheckpointError where the disk refuses.
     """
     target = Path(target).absolute()
-    folder = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    folder = target.with_name(f"{_mark(target)}{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
@@ -41,10 +46,9 @@ def staging(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         fsync(folder)
         _publish(folder, target, overwrite)
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
+        reason = error.strerror or error
         raise CheckpointError(
-            f"{target}: can't be written ({error.strerror or error}); free the disk or choose another folder"
+            f"{target}: can't be written ({reason}); free the disk or choose another output"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,16 +145,32 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
         if old.exists():
             old.rename(target)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(f"{target} exists") from error
+            raise AlreadyPublished(target) from error
         raise
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Staging folders that killed processes of this machine left beside the target."""
-    mark = f".{target.name}.{socket.gethostname()}-"
-    for folder in target.parent.glob(f"{mark}*.partial"):
-        process = folder.name.removeprefix(mark).removesuffix(".partial")
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Folders that killed processes of this machine left beside the target."""
+    for folder in target.parent.glob(f"{glob.escape(_mark(target))}*"):
+        process, _, kind = folder.name.removeprefix(_mark(target)).partition(".")
+        if kind in ("partial", "old") and process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(folder)
+
+
+def _mark(target: Path) -> str:
+    return f".{target.name}.{socket.gethostname()}-"
+
+
+def _alive(process: int) -> bool:
+    """Whether another process has this id; one of our own folders from before us is abandoned too."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -15,7 +15,7 @@ from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
-from rotrl.checkpoint.writer import staging, write_manifest, write_weights
+from rotrl.checkpoint.writer import AlreadyPublished, staging, write_manifest, write_weights
 from rotrl.errors import ConfigError, NumericsError
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
@@ -96,9 +96,10 @@ def merge(
             manifest = _publish(
                 target, merger, inputs, overwrite=overwrite, warnings=plan["warnings"], table=table, progress=progress
             )
-        except FileExistsError:  # another process was faster
+        except AlreadyPublished:
             manifest, reused = reusable(target, inputs, models), True
-    assert manifest is not None
+    if manifest is None:
+        raise ConfigError(f"{target}: came and went while it was written; choose an output that no other run uses")
     told = ("fingerprint", "dtype", "effective_coefficient", "coefficients", "norm_ratio", "storage_loss", "warnings")
     return {
         "path": str(target),
