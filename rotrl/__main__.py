@@ -15,11 +15,22 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+FAILURE: list[Exception] = []  # of a single run; Hydra puts a line of its own before what it raises again
+
+
 def task(cfg: "DictConfig") -> None:
     """One job. It raises and never exits, so that a failed job of a multirun leaves the others running."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
     from rotrl.app.main import main as run_job
 
-    run_job(cfg)
+    try:
+        run_job(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        FAILURE.append(error)
 
 
 def main() -> None:
@@ -44,7 +55,7 @@ def _main() -> int:
         sweep.show_table()
         return explain(error)
     sweep.show_table()
-    return 0
+    return explain(FAILURE[0]) if FAILURE else 0
 
 
 def explain(error: Exception) -> int:

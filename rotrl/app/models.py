@@ -10,13 +10,17 @@ WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def locate(name: str, spec: Any, root: str | None = None, *, download: bool = True) -> Path:
-    """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or an instantiated path.
+    """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or a `_target_` that gives a path.
 
     Order: an existing folder; `root/NAME` or `root/ORG/NAME`; the hub's cache; a download.
     Raises CheckpointError where none of them has it.
     """
     if spec is None:
         raise CheckpointError(f"models.{name} is not set; give a folder or a hub id: models.{name}=DIR")
+    if isinstance(spec, Mapping):
+        from hydra.utils import instantiate
+
+        spec = instantiate(dict(spec))
     text = str(spec)
     repo, _, revision = text.partition("@")
     candidates = [Path(text).expanduser()]

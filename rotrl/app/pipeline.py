@@ -113,7 +113,6 @@ def evidence(job: Run) -> None:
                 return lineage(models.base, models.experts, out / "evidence", progress=progress)
 
         job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
-        job.log(f"lineage: {job.record.data['lineage']['words']}")
     if settings.get("geometry"):
         tuned = {**models.experts, **models.controls}
         inputs = [settings["geometry"], models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
@@ -121,10 +120,10 @@ def evidence(job: Run) -> None:
         def measure(out: Path) -> dict[str, Any]:
             with job.bar("geometry") as progress:
                 stage = instantiate(settings["geometry"])
-                return stage(models.base, tuned, out / "evidence", seed=job.cfg["seed"], progress=progress)
+                shared = {"references": list(models.controls), "seed": job.cfg["seed"], "progress": progress}
+                return stage(models.base, tuned, out / "evidence", **shared)
 
         job.record.data["geometry"] = job.stages.run("geometry", inputs, packages, measure)
-        job.log(f"geometry: {job.record.data['geometry']['verdict']}")
 
 
 def rollouts(job: Run) -> dict[str, Path] | None:

@@ -4,6 +4,7 @@ A stage's key is the digest of its resolved inputs and of the source of the pack
 made in `run_dir/.work/`, published to `cache_dir/<stage>/<key>/` by one rename, and linked into the run folder.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -61,6 +62,8 @@ class Stages:
             work.mkdir(parents=True, exist_ok=True)
             _write_json(work / SUMMARY, produce(work))
             _publish(work, published)
+            with contextlib.suppress(OSError):  # another stage of this run was interrupted and left its work there
+                work.parent.rmdir()
         summary = json.loads((published / SUMMARY).read_text())
         self._link(published)
         self.record(name, key, time.monotonic() - start, reused=reused)
