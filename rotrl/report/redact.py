@@ -23,7 +23,7 @@ _VALUE = re.compile(
     r"|wandb_v1_\w{16,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
     r"|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)|(?<=Bearer )\S+"
 )
-_ASSIGNMENT = re.compile(r"([\w.-]+)(=|\s*:\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&{}\[\]()'\"]+)")
+_ASSIGNMENT = re.compile(r"(?<![\w.-])([\w.-]++)(=|\s*:\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&{}\[\]()'\"]+)")
 
 
 def is_secret(key: str) -> bool:

@@ -1,0 +1,114 @@
+import copy
+import io
+
+import pytest
+from rich.console import Console
+
+from rotrl.report import table
+from rotrl.report.sweep import swept_keys
+
+
+def printed(show, *arguments, width=80, encoding="utf-8"):
+    raw = io.BytesIO()
+    console = Console(width=width, file=io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    show(*arguments, console)
+    return raw.getvalue().decode(encoding)
+
+
+def test_the_demo_fits_eighty_columns_and_marks_the_best(full):
+    text = printed(table.show, full[0])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    best = next(line for line in lines if line.startswith("learned ★◆"))
+    assert best.count("±") == 3
+    assert "…" not in text
+    order = [line.split()[0] for line in lines if "±" in line]
+    assert order[:4] == ["base", "math", "code", "learned"]
+    assert len(order) == 13
+    assert "10 merges were tried" in text
+
+
+def test_a_wide_terminal_gets_whole_intervals(full):
+    text = printed(table.show, full[0], width=160)
+    row = next(line for line in text.splitlines() if line.startswith("learned"))
+    assert row.count(" to ") == 4
+    assert "±" not in text
+
+
+def test_a_terminal_without_unicode_is_no_error(full):
+    text = printed(table.show, full[0], encoding="ascii")
+    assert "learned *#" in text
+
+
+def test_no_secret_is_shown(full):
+    record, _ = full
+    record["warnings"].append("logger.api_key=hunter2hunter2 was refused")
+    assert "hunter2" not in printed(table.show, record)
+
+
+def test_evidence_alone_shows_each_share_beside_its_null(evidence_only):
+    text = printed(table.show, evidence_only[0])
+    assert "siblings" in text
+    row = next(line for line in text.splitlines() if line.startswith("q       left"))
+    assert row.count("(") == 3
+    assert "avg@n" not in text
+
+
+def test_a_merge_alone_shows_what_was_written(merge_only):
+    text = printed(table.show, merge_only[0])
+    assert "merged/ties" in text
+    assert "0.65" in text
+
+
+def test_a_failed_run_says_why(failed):
+    text = printed(table.show, failed[0])
+    assert text.startswith("failed  the engine died twice")
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_other_numbers_of_tasks(full, tasks):
+    record, _ = full
+    rows = [row for row in record["scores"] if row["task"] == "tiny_math"]
+    record["scores"] = [row | {"task": f"task{i}"} for i in range(tasks) for row in rows]
+    text = printed(table.show, record, width=120)
+    assert ("  min" in text.split("\nbase")[0]) == (tasks > 1)
+    assert "learned" in text
+
+
+def jobs(record, choices):
+    """Records of a multirun: one merge each, base and experts in all."""
+    found = []
+    for merge, scale in choices:
+        job = copy.deepcopy(record)
+        method = {"_target_": f"rotrl.merge.linear.{merge}", "scale": scale}
+        job["config"] = {"name": "demo", "merge_scale": scale, "merge": method, "run_dir": f"multirun/{merge}{scale}"}
+        job["merges"] = {merge: {**record["merges"][merge], "config": method}}
+        others = ("base", "math", "code", merge)
+        job["scores"] = [row for row in record["scores"] if row["model"] in others]
+        job["comparisons"] = [row for row in record["comparisons"] if row["a"] == merge]
+        found.append(job)
+    return found
+
+
+def test_a_multirun_is_one_table_over_all_jobs(full):
+    records = jobs(full[0], [("ties", 0.5), ("ties", 1.0), ("linear", 0.5), ("linear", 1.0)])
+    records[3] |= {"status": "failed", "error": "the engine died", "scores": [], "merges": {}, "comparisons": []}
+    text = printed(table.sweep_table, records, width=100)
+    assert text.count("\nbase") == text.count("\nmath") == 1
+    assert "ties merge_scale=0.5" in text
+    assert "ties merge_scale=1.0" in text
+    assert "3 merges were tried" in text
+    assert "job 3 (merge_scale=1.0) failed: the engine died" in text
+
+
+def test_a_multirun_of_merges_alone(merge_only):
+    record, _ = merge_only
+    text = printed(table.sweep_table, [record, copy.deepcopy(record)], width=100)
+    assert "ties job 1" in text
+
+
+def test_swept_keys_name_what_differs_once(full):
+    records = jobs(full[0], [("ties", 0.5), ("linear", 1.0)])
+    assert swept_keys(records) == ["merge_scale=0.5", "merge_scale=1.0"]
+    assert swept_keys(records[:1]) == [""]
+    assert swept_keys([]) == []
