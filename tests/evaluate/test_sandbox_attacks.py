@@ -65,7 +65,7 @@ FORBIDDEN = {
     "secret through an inherited folder": "through_folders(place + '/secret')",
     "accounts": "open('/etc/passwd').read()",
     "home": "os.listdir(home)",
-    "list the root": "os.listdir('/')",
+    "write into the memory of the parent": "open(f'/proc/{os.getppid()}/mem', 'r+b')",
     "read the repository": "open(repository + '/pyproject.toml').read()",
     "write into the repository": "open(repository + '/rotrl/attack.py', 'w')",
     "create": "open(place + '/attack', 'w')",

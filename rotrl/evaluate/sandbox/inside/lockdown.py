@@ -23,7 +23,7 @@ _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 # file rights (13 bits at first), network rights and scopes that a Landlock ABI knows
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 _TCP_BIND_AND_CONNECT, _ABSTRACT_SOCKETS_AND_SIGNALS = 3, 3
-_SET_PDEATHSIG, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 22, 38
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,6 +44,9 @@ class Lockdown:
     """
 
     def __init__(self, landlock: str, seccomp: bool) -> None:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # when memory runs out, a program goes first (the largest of these processes)
+        _call(_libc.prctl, _SET_DUMPABLE, 0, 0, 0, 0)  # closes /proc/<server>/mem to programs of the same user
         self.root = os.geteuid() == 0
         self.ruleset = None if landlock == "no" else self._ruleset(required=landlock == "required")
         self.filter = self._filter() if seccomp else None
@@ -54,8 +57,6 @@ class Lockdown:
         """Limits: CPU seconds, bytes of address space, bytes of any one file written. There is no way back."""
         server = os.getppid()
         os.setsid()
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # when memory runs out this child goes first, not its judges
         _limit(resource.RLIMIT_CPU, math.ceil(2 * cpu_seconds) + 1)  # a second guard; the server's clock is exact
         _limit(resource.RLIMIT_AS, memory)
         _limit(resource.RLIMIT_FSIZE, output)
