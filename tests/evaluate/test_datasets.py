@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rotrl.errors import EvaluationError
 from rotrl.evaluate.datasets import math
 from rotrl.evaluate.datasets.hidden import hidden_tests, inflate, pickled_text
-from rotrl.evaluate.datasets.livecodebench import FILES, livecodebench
+from rotrl.evaluate.datasets.livecodebench import FILES, livecodebench, training_prompts
 from rotrl.evaluate.datasets.source import fill, rows
 from rotrl.evaluate.task import Test as Case
 
@@ -352,6 +352,16 @@ def test_counts_of_files_and_of_the_window_are_asserted(folder):
     with pytest.raises(EvaluationError, match=r"start: '1 August' is no date"):
         livecodebench(path=folder, start="1 August")
     assert len(livecodebench(path=folder, files=SMALL, limit=1).problems) == 1
+
+
+def test_training_prompts_carry_no_tests_and_need_none_to_be_read(folder):
+    lines(folder / "test.jsonl", [contest("old", "2023-06-01", private_test_cases="not read")])
+    task = training_prompts(path=folder, files=SMALL)
+    assert (task.name, [p.id for p in task.problems]) == ("livecodebench_training", ["old", "2024-04-01"])
+    assert all(p.tests == () and "About" in p.prompt for p in task.problems)
+    assert len(training_prompts(path=folder, files=SMALL, limit=1, seed=3).problems) == 1
+    with pytest.raises(EvaluationError, match=r"models\.prompts\.EXPERT\.path=.*no such file or folder"):
+        training_prompts(path=folder / "absent")
 
 
 # The hub, through its real client

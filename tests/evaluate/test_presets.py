@@ -50,6 +50,30 @@ def test_a_node_shows_every_setting_with_the_functions_default(name):
     assert defaults.keys() - node.keys() <= {"name", "files"}
 
 
+@pytest.mark.parametrize("protocol", PUBLISHED)
+def test_a_protocol_has_the_keys_of_the_others_and_an_n_for_every_task(protocol):
+    found = composed("evaluation/full", f"+protocol={protocol}")
+    settings = found["protocol"]
+    assert settings["name"] == protocol
+    assert settings.keys() - {"prompts"} == composed("protocol/deepcoder")["protocol"].keys()
+    ns = settings["n"] if isinstance(settings["n"], dict) else dict.fromkeys(TASKS["full"], settings["n"])
+    assert ns.keys() == set(TASKS["full"])
+    assert max(settings["ks"]) <= min(ns.values())
+    for name, node in found["evaluation"]["tasks"].items():
+        kind = "code" if name == "livecodebench" else "math"
+        assert node["prompt"] == (settings.get("prompts") or {}).get(kind)
+
+
+def test_a_protocols_prompt_reaches_the_problems(tmp_path):
+    from hydra.utils import instantiate
+
+    node = composed("evaluation/full", "+protocol=deepscaler")["evaluation"]["tasks"]["aime25"]
+    file = tmp_path / "aime25.jsonl"
+    file.write_text('{"id": "0", "problem": "What is {x}?", "answer": "1"}')
+    (problem,) = instantiate({**node, "path": str(file), "problems": 1}).problems
+    assert problem.prompt == ("What is {x}? Let's think step by step and output the final answer within \\boxed{}.")
+
+
 @pytest.fixture
 def app(tmp_path: Path) -> Path:
     """A program of two lines with the launchers and sweeps of this project."""

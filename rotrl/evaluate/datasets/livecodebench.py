@@ -8,15 +8,18 @@ problems: 279         # in the window, asserted; null: any number
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from rotrl.errors import EvaluationError
 from rotrl.evaluate.datasets.hidden import hidden_tests
-from rotrl.evaluate.datasets.source import Benchmark, Source, fill, locate, read
+from rotrl.evaluate.datasets.source import Benchmark, Source, draw, fill, locate, read
 from rotrl.evaluate.task import Problem, Test
+
+REPO = "livecodebench/code_generation_lite"
+REVISION = "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
 
 # What each release added, in order; the loading script of the repository does not run any more.
 FILES: Mapping[str, int | None] = {
@@ -44,7 +47,7 @@ FUNCTIONAL = (
 def livecodebench(
     *,
     path: str | Path | None = None,
-    revision: str | None = "0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+    revision: str | None = REVISION,
     release: str = "release_v5",
     start: str | None = "2024-08-01",
     end: str | None = "2025-02-01",
@@ -59,7 +62,7 @@ def livecodebench(
     A window's problems depend on the release: release_v6 adds problems of January 2025 to the 279 of release_v5.
     `files` is for copies in other pieces: {file: rows}. Raises EvaluationError for counts and fields that differ.
     """
-    source = Source(name, "livecodebench/code_generation_lite", FIELDS)
+    source = Source(name, REPO, FIELDS)
     first, last = _date(start, f"{source.key}.start"), _date(end, f"{source.key}.end")
     chosen = {
         file: count
@@ -83,6 +86,26 @@ def livecodebench(
     return Benchmark(name, tuple(found), "code", f"{origin} {release} [{start}, {end})")
 
 
+def training_prompts(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = REVISION,
+    release: str = "release_v2",
+    prompt: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    files: Mapping[str, int | None] = FILES,
+) -> Benchmark:
+    """Prompts without tests, to sample a code expert on: release_v2 (2023-05 to 2024-05) is what DeepCoder trained on.
+
+    `limit` draws that many at random by `seed`.
+    """
+    source = Source("livecodebench_training", REPO, FIELDS, "models.prompts.EXPERT")
+    origin, local = locate(source, path, revision, _released(release, files, source.key))
+    found = [_problem(row, place, prompt or PROMPT, source.key, tests=False) for place, row in read(source, local)]
+    return Benchmark(source.name, draw(found, limit, seed), "code", f"{origin} {release}")
+
+
 def _released(release: str, files: Mapping[str, int | None], key: str) -> dict[str, int | None]:
     names = {f"release_v{number}": number for number in range(1, len(files) + 1)}
     if release not in names:
@@ -100,12 +123,8 @@ def _date(value: Any, place: str) -> date | None:
         raise EvaluationError(f"{place}: {value!r} is no date; write it as 2024-08-01") from None
 
 
-def _problem(row: dict[str, Any], place: str, prompt: str, key: str) -> Problem:
+def _problem(row: dict[str, Any], place: str, prompt: str, key: str, tests: bool = True) -> Problem:
     place = f"{place} ({row['question_id']})"
-    listed = [
-        *_json(row["public_test_cases"], f"{place}, field public_test_cases"),
-        *hidden_tests(row["private_test_cases"], place),
-    ]
     entry_point = _json(row["metadata"], f"{place}, field metadata").get("func_name")
     if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
         raise EvaluationError(f"{place}, field metadata: func_name {entry_point!r} is not the name of a function")
@@ -116,13 +135,15 @@ def _problem(row: dict[str, Any], place: str, prompt: str, key: str) -> Problem:
     return Problem(
         str(row["question_id"]),
         fill(prompt, key, problem=row["question_content"], format=text),
-        tests=_tests(listed, entry_point is not None, place),
+        tests=_tests(row, entry_point is not None, place) if tests else (),
         entry_point=entry_point,
     )
 
 
-def _tests(listed: Sequence[Any], functional: bool, place: str) -> tuple[Test, ...]:
+def _tests(row: dict[str, Any], functional: bool, place: str) -> tuple[Test, ...]:
     """Functional tests hold one JSON value a line for the arguments and one for the result."""
+    public = _json(row["public_test_cases"], f"{place}, field public_test_cases")
+    listed = [*public, *hidden_tests(row["private_test_cases"], place)]
     tests = []
     for number, test in enumerate(listed):
         given, wanted = (test.get("input"), test.get("output")) if isinstance(test, dict) else (None, None)

@@ -10,13 +10,12 @@ r"""Mathematics sets: a problem in words, a short answer in \boxed{}.
 Zero-padded answers ("025") stay as they are: the grader compares integers.
 """
 
-import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rotrl.errors import EvaluationError
-from rotrl.evaluate.datasets.source import Benchmark, Source, fill, locate, read
+from rotrl.evaluate.datasets.source import Benchmark, Source, draw, fill, locate, read
 from rotrl.evaluate.task import Problem
 
 PROMPT = "{problem}\n\nReason step by step, and give the final answer in \\boxed{}."
@@ -91,10 +90,7 @@ def deepscaler(
         "deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", ("problem", "answer"), "models.prompts.EXPERT"
     )
     task = _load(source, "deepscaler.json", path, revision, prompt, problems, None)
-    if limit is None or limit >= len(task.problems):
-        return task
-    drawn = sorted(random.Random(seed).sample(range(len(task.problems)), limit))
-    return Benchmark(task.name, tuple(task.problems[i] for i in drawn), "math", task.source)
+    return Benchmark(task.name, draw(task.problems, limit, seed), "math", task.source)
 
 
 def _load(

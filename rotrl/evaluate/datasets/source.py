@@ -1,14 +1,15 @@
 """Rows of a published data set, from the hub at a revision or from a local copy in the same schema."""
 
 import json
+import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rotrl.errors import EvaluationError
-from rotrl.evaluate.task import Task
+from rotrl.evaluate.task import Problem, Task
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -171,3 +172,10 @@ def fill(template: str, key: str, **values: str) -> str:
         if f"{{{name}}}" not in template:
             raise EvaluationError(f"{key}.prompt: {{{name}}} is missing in {template!r}")
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda found: values[found[1]], template)
+
+
+def draw(problems: Sequence[Problem], limit: int | None, seed: int) -> tuple[Problem, ...]:
+    """`limit` of the problems at random, in their order: a set sorted by origin is not cut at its first origin."""
+    if limit is None or limit >= len(problems):
+        return tuple(problems)
+    return tuple(problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit)))
