@@ -116,7 +116,8 @@ class Sandbox:
         except SandboxFault:
             server.kill()
             raise
-        self._servers.discard(dead)
+        with self._lock:
+            self._servers.discard(dead)
         return server
 
     def _start(self) -> Server:
