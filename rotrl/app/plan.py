@@ -15,7 +15,7 @@ from rotrl.evaluate.task import Task
 
 
 def show_plan(cfg: dict[str, Any]) -> None:
-    """Prints the plan. Models that are not on this machine are named, and the rest is planned from the configuration."""
+    """Prints the plan. Models that are not here are named; the rest is planned from the configuration."""
     console = Console()
     try:
         locate_all(cfg["models"], download=False)
