@@ -42,8 +42,8 @@ def share_vs_null(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         axes.set(xlim=(0, 100), ylim=(0, 104), aspect="equal", xlabel="expected of its sign flips (null), %")
         axes.set_title(f"{side} rotation, {'R W' if side == 'left' else 'W R'}")
     panels[0].set_ylabel("explained by a rotation, %")
-    panels[0].annotate("rotation", (22, 48), color=MUTED, rotation=45, ha="center", va="center")
-    panels[0].annotate("stretch", (60, 32), color=MUTED, rotation=45, ha="center", va="center")
+    panels[0].annotate("rotation", (12, 70), color=MUTED, rotation=45, ha="center", va="center")
+    panels[0].annotate("stretch", (88, 28), color=MUTED, rotation=45, ha="center", va="center")
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
@@ -71,7 +71,7 @@ def kappa_by_layer(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         axes.set_title(f"{name}, {side}", fontsize=10)
         if j == 0:
             axes.set_ylabel("kappa")
-    values = [row["kappa"] for row in rows]
+    values = [row[key] for row in rows for key in ("kappa", "kappa_low", "kappa_high") if row[key] is not None]
     grid[0][0].set_ylim(min(-0.15, 1.15 * min(values)), max(rotation + 0.1, 1.1 * max(values)))
     grid[0][0].annotate(
         f"a rotation from {rotation:g}", (0.01, rotation), xycoords=("axes fraction", "data"), va="bottom", fontsize=8
@@ -130,10 +130,9 @@ def _name_groups(axes: Axes, rows: Sequence[Row]) -> None:
         else:
             groups.append([module])
     for group in groups:
-        x = sum(null[m] for m in group) / len(group)
-        share = [100 * r["share"] for r in rows if r["module"] in group]
+        at = [100 * float(np.median([r[key] for r in rows if r["module"] in group])) for key in ("null", "share")]
         names = ", ".join(sorted(group, key=MODULES.index))
-        axes.annotate(names, (x, min(share)), (14, -8), textcoords="offset points", ha="center", va="top", fontsize=9)
+        axes.annotate(names, (at[0], at[1]), (20, -20), textcoords="offset points", ha="center", va="top", fontsize=9)
 
 
 def _modules(rows: Sequence[Row]) -> list[str]:

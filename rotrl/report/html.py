@@ -59,11 +59,12 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     table = standings(record)
     return {
-        "record": {key: record.get(key) for key in ("name", "status", "error", "command", "digest", "rotrl")},
+        "record": {key: record.get(key) or "" for key in ("name", "status", "error", "command", "digest", "rotrl")},
         "when": _when(record),
         "models": _models(record),
+        "consequences": words.consequences(record),
         "verdicts": {
-            "Lineage": words.lineage_words(record),
+            "Lineage": words.lineage_words(record)[:1],
             "Geometry": words.geometry_words(record),
             "Merges": words.merge_words(table, record),
         },

@@ -19,6 +19,7 @@ from rotrl.report.words import (
     plus_minus,
     points,
     points_span,
+    signed,
     span,
 )
 
@@ -123,10 +124,10 @@ def _geometry(geometry: Mapping[str, Any], console: Console) -> Table:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         share, null = (percent(number(row.get(key))) for key in ("share_median", "null_median"))
-        text = f"{share} ({null}) {number(row.get('kappa_median')) or 0.0:+.2f}"
+        text = f"{share} ({null}) {signed(number(row.get('kappa_median')), 2)}"
         cells.setdefault((str(row["module"]), str(row["side"])), {})[str(row["expert"])] = text
-    title = "geometry: share of the update in %, (its null), kappa"
-    view = _table(title, console, ["matrix", "side"], experts)
+    view = _table("geometry", console, ["matrix", "side"], experts)
+    view.caption = "share of the update in %, (its null), kappa; medians over layers"
     for (module, side), by_expert in cells.items():
         line = [module, side, *(by_expert.get(expert, "–") for expert in experts)]
         view.add_row(*(_text(cell, console) for cell in line))

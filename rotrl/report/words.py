@@ -24,22 +24,29 @@ def plus_minus(interval: Interval) -> str:
 
 def points(interval: Interval | None) -> str:
     """`+2.4`: percentage points."""
-    return "–" if interval is None else f"{100 * interval.value:+.1f}".replace("-", "−")
+    return "–" if interval is None else signed(100 * interval.value)
 
 
 def points_span(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return ""
-    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}".replace("-", "−")
+    return f"{signed(100 * interval.low)} to {signed(100 * interval.high)}"
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def lineage_words(record: Mapping[str, Any]) -> list[str]:
+    """Who descends from whom; where the experts are no siblings, also what that does to each family of merges."""
     lineage = record.get("lineage") or {}
-    if not lineage:
-        return []
-    consequences = lineage.get("consequences") or {}
-    head = str(lineage.get("words") or lineage.get("verdict") or "")
-    return [head, *(f"{family}: {sentence}" for family, sentence in consequences.items())]
+    words = [str(lineage["words"])] if lineage.get("words") else []
+    return words + (consequences(record) if lineage.get("verdict") != "siblings" else [])
+
+
+def consequences(record: Mapping[str, Any]) -> list[str]:
+    found = (record.get("lineage") or {}).get("consequences") or {}
+    return [f"{family}: {sentence}" for family, sentence in found.items()]
 
 
 def geometry_words(record: Mapping[str, Any]) -> list[str]:
@@ -52,9 +59,9 @@ def geometry_words(record: Mapping[str, Any]) -> list[str]:
     if rows:
         top = max(rows, key=lambda row: float(row["kappa_median"]))
         kappa = Interval(float(top["kappa_median"]), number(top.get("kappa_low")), number(top.get("kappa_high")))
-        beside = f" ({kappa.low:+.3f} to {kappa.high:+.3f})" if kappa.known else ""
+        beside = f" ({signed(kappa.low, 3)} to {signed(kappa.high, 3)})" if kappa.known else ""
         words.append(
-            f"Largest median kappa: {kappa.value:+.3f}{beside}, {top['expert']} {top['module']} {top['side']}: a "
+            f"Largest median kappa: {signed(kappa.value, 3)}{beside}, {top['expert']} {top['module']} {top['side']}: a "
             f"{top['side']} rotation explains {percent(number(top.get('share_median')))} % of the update, its null "
             f"{percent(number(top.get('null_median')))} % (kappa 0 = no more than the null, 1 = an exact rotation)."
         )
