@@ -99,8 +99,9 @@ class LogitAlignment(pl.LightningModule):
             "orthogonality_error": self.rotations.orthogonality_error(),
         }
         self.log_dict(values, prog_bar=True, batch_size=1)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.curve.append({"step": self.global_step, **{key: float(value) for key, value in values.items()}})
+        step, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 and (not self.curve or self.curve[-1]["step"] < step):  # once, if gradients accumulate
+            self.curve.append({"step": step, **{key: float(value) for key, value in values.items()}})
 
     def validation_step(self, batch: Batch, _: int) -> None:
         rotated = self.rotated()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from rotrl.align.module import LogitAlignment
@@ -53,7 +54,10 @@ def make_trainer(
     fixed = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1.0, "val_check_interval": None}
     callbacks: list[pl.Callback] = [keep, *([_Report(progress)] if progress else [])]
     arguments = {**silent, **settings, **fixed}
-    trainer = pl.Trainer(**arguments, callbacks=callbacks, default_root_dir=out, check_val_every_n_epoch=10**9)
+    try:
+        trainer = pl.Trainer(**arguments, callbacks=callbacks, default_root_dir=out, check_val_every_n_epoch=10**9)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}; mend the trainer's keys") from error
     if trainer.world_size > 1:
         raise ConfigError(
             f"trainer.devices={settings.get('devices')!r}: align runs on one device; set trainer.devices=1"

@@ -16,6 +16,8 @@ from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.checkpoint.rotations import open_rotations
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.linalg.rotation import exp
+from rotrl.merge.engine import merge_state
+from rotrl.merge.method import bind
 
 HYPER = {"steps": 12, "batch": 8, "lr": 2e-3, "checkpoint_every": 3}
 
@@ -44,25 +46,31 @@ def uninterrupted(pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, stiefel(base, experts, out, source="base", **shared, **HYPER)
 
 
-def test_what_is_written_reproduces_the_final_model(uninterrupted, pair):
-    """KL of the base with rotations.safetensors applied, sequence by sequence, against the fit's own last figure."""
-    out, summary = uninterrupted
-    base, experts, rollouts = pair
-    student = AutoModelForCausalLM.from_pretrained(base.path).double()
-    file, weights = open_rotations(out / "rotations.safetensors"), dict(student.named_parameters())
-    with torch.no_grad():
-        for name in file.names:
-            weights[name].copy_(file.get(name).apply(weights[name]))  # type: ignore[union-attr]
+def naive_kl(base, state: dict[str, torch.Tensor], experts, rollouts) -> dict[str, float]:
+    """Held-out KL(expert || base with the tensors of `state`) in float64, sequence by sequence, from the definition."""
+    student = AutoModelForCausalLM.from_pretrained(base.path)
+    student.load_state_dict(state, strict=False)
+    student.double()
+    found = {}
     for name, expert in experts.items():
         teacher = AutoModelForCausalLM.from_pretrained(expert.path).double()
-        kept = split({name: read_rollouts(rollouts[name])}, seed=0, heldout=0.1)[1][name]
         values = []
-        for rollout in kept:
+        for rollout in split({name: read_rollouts(rollouts[name])}, seed=0, heldout=0.1)[1][name]:
             ids = torch.tensor([rollout.prompt + rollout.completion])
             with torch.no_grad():
                 q, p = (model(ids).logits[0, len(rollout.prompt) - 1 : -1].softmax(-1) for model in (student, teacher))
             values.append((p * (p / q).log()).sum(-1))
-        assert float(torch.cat(values).mean()) == pytest.approx(summary["kl_after"][name], abs=1e-5)
+        found[name] = float(torch.cat(values).mean())
+    return found
+
+
+def test_what_is_written_reproduces_the_final_model(uninterrupted, pair):
+    out, summary = uninterrupted
+    base, experts, rollouts = pair
+    file = open_rotations(out / "rotations.safetensors")
+    state = {name: file.get(name).apply(base.read(name)) for name in file.names}  # type: ignore[union-attr]
+    assert naive_kl(base, state, experts, rollouts) == pytest.approx(summary["kl_after"], abs=1e-5)
+    assert naive_kl(base, {}, experts, rollouts) == pytest.approx(summary["kl_before"], abs=1e-5)
 
 
 def test_metadata_csv_and_summary_agree(uninterrupted, pair):
@@ -87,6 +95,17 @@ def test_metadata_csv_and_summary_agree(uninterrupted, pair):
     assert summary["curve"][0]["angle_rms"] == 0 < summary["curve"][-1]["angle_rms"]
     assert json.loads(json.dumps(summary)) == summary
     assert sorted(path.name for path in out.iterdir()) == ["align.csv", "rotations.safetensors"]
+
+
+def test_the_learned_merge_is_the_merge_method_of_that_name(pair, call, tmp_path: Path):
+    """From task arithmetic: what the method `learned` makes of the file has the KL that the fit ended with."""
+    base, experts, rollouts = pair
+    start = {"_target_": "rotrl.merge.linear.task_arithmetic", "_partial_": True, "scale": 1.0}
+    summary = call(stiefel, tmp_path, source="start", start=start, **HYPER)
+    assert summary["source"] == {"merge": start}
+    method = bind({"_target_": "rotrl.merge.rotation.learned", "_partial_": True}, list(experts))
+    merged = merge_state(base, experts, method, tmp_path / "rotations.safetensors")
+    assert naive_kl(base, merged, experts, rollouts) == pytest.approx(summary["kl_after"], abs=1e-5)
 
 
 def test_a_planted_rotation_is_learned_from_samples(pair, tmp_path: Path):
@@ -177,6 +196,21 @@ def test_a_killed_fit_continues_to_the_same_end(pair, tmp_path: Path, uninterrup
     assert largest_difference(tmp_path, uninterrupted[0]) < 1e-5
 
 
+def test_accumulated_gradients_make_one_step_and_continue(call, tmp_path: Path):
+    trainer = {"accelerator": "cpu", "log_every_n_steps": 1, "accumulate_grad_batches": 2}
+    whole = call(stiefel, tmp_path / "whole", trainer=trainer, **HYPER)
+    assert [row["step"] for row in whole["curve"]] == list(range(12))
+
+    def stop(done: int, _: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(stiefel, tmp_path / "parts", trainer=trainer, progress=stop, **HYPER)
+    call(stiefel, tmp_path / "parts", trainer=trainer, **HYPER)
+    assert largest_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
+
+
 def test_another_configuration_is_not_continued(call, tmp_path: Path):
     def stop(done: int, _: int) -> None:
         if done == 4:
@@ -205,6 +239,7 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
         ({"trainer": {"max_steps": 3}}, "trainer.max_steps is set by align; use align.steps"),
         ({"trainer": {"strategy": "fsdp"}}, "trainer.strategy='fsdp' shards parameters"),
         ({"trainer": {"precision": "16-true"}}, "trainer.precision='16-true': rotations need float32"),
+        ({"trainer": {"accelerator": "abacus"}}, "trainer: .*abacus"),
         ({"trainer": {"accelerator": "cpu", "devices": 2}}, "trainer.devices=2: align runs on one device"),
     ],
 )
