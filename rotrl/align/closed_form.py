@@ -42,9 +42,8 @@ def procrustes(
     problem = pose(base, experts, source=source, start=start, teachers=teachers)
     rotations = problem.closed_form(side=side, anchor=anchor)
     refuse_reflections(rotations)
-    summary = write_results(
-        out, problem, rotations, {"base": base, **experts}, parametrization="procrustes", objective="weights"
-    )
+    names = {"parametrization": "procrustes", "objective": "weights"}
+    summary = write_results(out, problem, rotations, {"base": base, **experts}, closed=rotations, **names)
     before = after = {}
     if rollouts:
         everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
@@ -61,7 +60,6 @@ def procrustes(
     return summary | {
         "kl_before": before,
         "kl_after": after,
-        "closed_form": summary["explained"],
         "curve": [],
         "seconds": time.monotonic() - began,
     }

@@ -12,14 +12,13 @@ from rotrl.align.data import TrainBatches, heldout_batches, load_rollouts, split
 from rotrl.align.models import load_models
 from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations
-from rotrl.align.results import explained, write_results
+from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
 from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_trainer, measure, quiet
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.errors import CheckpointError, ConfigError, NumericsError
+from rotrl.errors import CheckpointError, ConfigError
 
-ORTHOGONAL = 1e-5  # largest |R^T R - I| that is written
 WHERE = ("accelerator", "devices", "enable_progress_bar")  # of the trainer: may change between a run and its resumption
 
 
@@ -66,6 +65,8 @@ def stiefel(
     models = {"base": base, **experts}
     problem = pose(base, experts, source=source, start=start, teachers=teachers)
     everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
+    identity = identify(asked, models)
+    resume = resumable(out / CHECKPOINT, identity)
     learn, kept = split(everything, seed=seed, heldout=heldout, prompts=prompts)
     with quiet():
         engine = make_trainer(trainer, out, steps=steps, checkpoint_every=checkpoint_every, progress=progress)
@@ -78,24 +79,20 @@ def stiefel(
             lr=lr,
             warmup=warmup,
             angle_prior=angle_prior,
-            identity=identify(asked, models),
+            identity=identity,
         )
-        resume = resumable(out / CHECKPOINT, module.identity)
         before = measure(engine, module)
         if init == "procrustes":
             refuse_reflections(closed)
             module.rotations.assign(closed)
         fit(engine, module, resume)
         after = measure(engine, module)
-    rotations = module.rotations.cpu().export()
-    summary = write_results(out, problem, rotations, models, parametrization="stiefel", objective="logits")
-    if not summary["orthogonality_error"] < ORTHOGONAL:
-        raise NumericsError(f"rotations lost orthogonality ({summary['orthogonality_error']:.1e}); lower align.lr")
+    names = {"parametrization": "stiefel", "objective": "logits"}
+    summary = write_results(out, problem, module.rotations.cpu().export(), models, closed=closed, **names)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return summary | {
         "kl_before": before,
         "kl_after": after,
-        "closed_form": explained(problem, closed),
         "curve": module.curve,
         "seconds": time.monotonic() - began,
     }
@@ -118,7 +115,8 @@ def resumable(path: Path, identity: Mapping[str, str]) -> Path | None:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)["rotrl"]["identity"]
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        raise CheckpointError(f"{path}: no checkpoint of this alignment ({error}); delete it to start anew") from error
+        told = type(error).__name__
+        raise CheckpointError(f"{path}: no checkpoint of an alignment ({told}); delete it to start anew") from error
     changed = [key for key in identity if stored.get(key) != identity[key]]
     if changed:
         told = "; ".join(f"{key} was {stored.get(key)}, now {identity[key]}" for key in changed)

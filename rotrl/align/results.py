@@ -14,9 +14,11 @@ from rotrl.checkpoint.files import whole_file
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.checkpoint.rotations import Rotation, save_rotations
+from rotrl.errors import NumericsError
 from rotrl.linalg.rotation import angles, orthogonality_error
 
 FILE = "rotations.safetensors"
+ORTHOGONAL = 1e-5  # largest |R^T R - I| that is written
 COLUMNS = ("tensor", "layer", "module", "side", "angle_rms", "angle_max", "explained")
 
 
@@ -26,12 +28,15 @@ def write_results(
     rotations: Mapping[str, Rotation],
     models: Mapping[str, Checkpoint],
     *,
+    closed: Mapping[str, Rotation],
     parametrization: str,
     objective: str,
 ) -> dict[str, Any]:
     """Writes both files; returns source, teachers, objective, angles (degrees), orthogonality error and explained.
 
-    `explained = 1 - |R S - T|^2 / |S - T|^2` with T the mean of the teachers: 1 reaches it, 0 is no rotation at all.
+    `explained = 1 - |R S - T|^2 / |S - T|^2` with T the mean of the teachers: 1 reaches it, 0 is no rotation at all;
+    `closed_form` is the same of the Procrustes rotations `closed`, the best there is. NumericsError where rotations are
+    not orthogonal.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows, squares, largest, error = [], [], 0.0, 0.0
@@ -45,6 +50,8 @@ def write_results(
         share = explained(problem, {name: rotation})
         rms = float(found.square().mean().sqrt())
         rows.append((name, role.layer, role.module, side, rms, float(found.max()), share))
+    if not error < ORTHOGONAL:
+        raise NumericsError(f"rotations lost orthogonality (max |R^T R - I| is {error:.1e}); lower align.lr")
     with whole_file(out / "align.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -67,6 +74,7 @@ def write_results(
         "angle_max": largest,
         "orthogonality_error": error,
         "explained": explained(problem, rotations),
+        "closed_form": explained(problem, closed),
         "rotations": FILE,
     }
 

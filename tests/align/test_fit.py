@@ -221,7 +221,7 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"align\.ckpt: belongs to another alignment \(lr was 0\.002, now 0\.003\)"):
         call(stiefel, tmp_path, **{**HYPER, "lr": 3e-3})
     (tmp_path / "align.ckpt").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match=r"align\.ckpt: no checkpoint of this alignment"):
+    with pytest.raises(CheckpointError, match=r"align\.ckpt: no checkpoint of an alignment"):
         call(stiefel, tmp_path, **HYPER)
 
 
@@ -233,6 +233,7 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
         ({"source": "bass"}, "align.source='bass'; one of: start, base, math, code"),
         ({"source": "start"}, "align.source=start needs align.start"),
         ({"rollouts": {}}, "rollouts of math, code are missing"),
+        ({"rollouts": {"math": Path("absent"), "code": Path("absent")}}, "absent: rollouts can't be read"),
         ({"init": "zero"}, "align.init='zero'; one of: identity, procrustes"),
         ({"side": "both"}, "align.side='both'; one of: small, left, right"),
         ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no argument of .*, did you mean 'accelerator'?"),
