@@ -83,12 +83,17 @@ class LogitAlignment(pl.LightningModule):
         rotated = self.rotated()
         kls = {name: self.kl(name, part, rotated) for name, part in batch.items()}
         prior = self.rotations.squared_angle()
-        self.note(kls)
+        with self.exactly():
+            self.note(kls)
         return torch.stack(list(kls.values())).mean() + self.angle_prior * prior
 
     def rotated(self) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, enabled=False):  # bfloat16 would swallow small angles
+        with self.exactly():
             return self.rotations()
+
+    def exactly(self) -> torch.autocast:
+        """float32 within a mixed-precision step: bfloat16 would swallow small angles."""
+        return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def note(self, kls: Mapping[str, Tensor]) -> None:

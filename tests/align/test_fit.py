@@ -139,6 +139,14 @@ def test_the_angle_prior_holds_the_rotations_back(call, tmp_path: Path, uninterr
     assert held["angle_rms"] < uninterrupted[1]["angle_rms"] / 2
 
 
+def test_frozen_models_in_bfloat16_leave_the_rotations_in_float32(call, tmp_path: Path, uninterrupted):
+    trainer = {"accelerator": "cpu", "log_every_n_steps": 1, "precision": "bf16-mixed"}
+    summary = call(stiefel, tmp_path, trainer=trainer, **HYPER)
+    assert max(row["orthogonality_error"] for row in summary["curve"]) < 1e-6
+    assert summary["kl_before"] == pytest.approx(uninterrupted[1]["kl_before"], rel=0.1)
+    assert summary["angle_rms"] == pytest.approx(uninterrupted[1]["angle_rms"], rel=0.1)
+
+
 def test_silent_and_without_folders_of_its_own(call, tmp_path: Path, monkeypatch, capfd, recwarn):
     monkeypatch.chdir(tmp_path)
     steps: list[tuple[int, int]] = []
