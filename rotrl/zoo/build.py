@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def build(
     keywords of that function. A stage whose recipe and files agree with the manifest is kept, an interrupted one
     continues from its last state in `out/.state`. `progress(stage, step, steps, loss or reward)` replaces the bars.
 
-    Raises ConfigError if there is no stage `base` or a method is unknown.
+    Raises ConfigError if there is no stage `base`, a method is unknown or the extra `zoo` is absent.
     """
     check(stages)
     folder = Path(out)
@@ -120,6 +121,8 @@ def check(stages: dict[str, dict[str, Any]]) -> None:
         if stage.get("method") not in METHODS:
             found = stage.get("method")
             raise ConfigError(f"stages.{name}.method: found {found!r}; choose one of {', '.join(METHODS)}")
+    if find_spec("trl") is None:
+        raise ConfigError("training the tiny pair needs TRL, which is not installed; install the extra: rotrl[zoo]")
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -16,7 +16,8 @@ def complete(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[s
     """One sampled answer a prompt."""
     torch.manual_seed(seed)
     left = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    ids = model.generate(**left, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_TOKENS)
+    generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+    ids = generate(**left, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_TOKENS)
     return tokenizer.batch_decode(ids[:, left["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

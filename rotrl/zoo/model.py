@@ -4,9 +4,10 @@ The chat template renders the contents of the messages and nothing else: a promp
 says that the answer follows, so neither role tokens nor a BOS are spent. An answer ends with `<|im_end|>`.
 """
 
+from typing import Any
+
 import torch
-from tokenizers import AddedToken
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AddedToken, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
 CHARACTERS = "0123456789+-*=(),;}:x "
@@ -19,6 +20,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}" + END + "{% endif %}{% endfor %}"
 )
+CONTEXT = 256
 MAX_TOKENS = 40  # the longest right answer has 33
 
 
@@ -36,12 +38,14 @@ def make_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in PIECES])
     tokenizer.chat_template = TEMPLATE
     tokenizer.padding_side = "left"
+    tokenizer.model_max_length = CONTEXT
     return tokenizer
 
 
 def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """Random weights, float32."""
     torch.manual_seed(seed)
+    ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -49,15 +53,12 @@ def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
         num_hidden_layers=3,
         num_attention_heads=3,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **ends,
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **ends)
     return model

@@ -53,7 +53,8 @@ def supervised(
 ) -> list[float]:
     """Cross entropy on the answers of a teacher (without `noise` a perfect one); returns the loss of each step."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     rng = random.Random(f"{seed}/noise")
     habits = Noise(**noise) if noise else Noise(0, 0, 0, 0)
@@ -89,11 +90,12 @@ def grpo(
     Returns the mean reward of each step.
     """
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     problems = {i.prompt: problem(i) for _, i in training_items(families, steps * prompts, f"{seed}/items")}
 
-    def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         return [reward(problems[p], c) for p, c in zip(prompts, completions, strict=True)]
 
     settings = GRPOConfig(
@@ -101,7 +103,7 @@ def grpo(
         per_device_train_batch_size=prompts * samples,
         num_generations=samples,
         max_completion_length=MAX_TOKENS,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         beta=0.0,
         temperature=1.0,
         top_k=0,
