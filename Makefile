@@ -31,4 +31,5 @@ lint: $(STAMP) ## ruff, pyright, import-linter
 	$(BIN)/lint-imports
 
 lock: $(STAMP) ## resolve the dependencies again
-	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 $(TORCH) --extra cpu --extra slurm --extra dev --upgrade pyproject.toml | sed 's/^torch==\([^+]*\)+cpu/torch==\1/' > cpu.lock
+	@echo '# Python 3.11, Linux x86-64 CPU. Made by `make lock`; installed by `make setup`.' > cpu.lock
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 $(TORCH) --extra cpu --extra slurm --extra zoo --extra dev --upgrade pyproject.toml | sed 's/^torch==\([^+]*\)+cpu/torch==\1/' >> cpu.lock

@@ -13,7 +13,7 @@ from rotrl.app import provenance
 
 def doctor(cfg: dict[str, Any]) -> None:
     """Prints versions, devices, the sandbox level found by canary attacks, disk and W&B mode."""
-    from rotrl.evaluate.sandbox import probe
+    from rotrl.evaluate.sandbox import ladder
 
     device = provenance.device()
     table = Table("what", "found", title="doctor", title_justify="left")
@@ -21,6 +21,7 @@ def doctor(cfg: dict[str, Any]) -> None:
     table.add_row("device", f"{device['cores']} cores, {', '.join(device['gpus']) or 'no GPU'}")
     table.add_row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
     table.add_row("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here")
-    table.add_row("sandbox", f"level {probe()}")
+    for level, lacking in ladder().items():
+        table.add_row(f"sandbox {level}", lacking or "holds against the canary attacks")
     table.add_row("logger", str((cfg["logger"] or {"mode": "none"}).get("mode", "offline")))
     Console().print(table)

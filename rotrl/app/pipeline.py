@@ -145,6 +145,7 @@ def rollouts(job: Run) -> dict[str, Path] | None:
             engine=job.cfg["engine"],
             cache=job.cache,
             seed=job.cfg["seed"],
+            base=models.base.path,
             progress=progress,
         )
     job.stages.record(
