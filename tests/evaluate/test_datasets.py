@@ -21,6 +21,7 @@ from rotrl.evaluate.datasets import math
 from rotrl.evaluate.datasets.hidden import hidden_tests, inflate, pickled_text
 from rotrl.evaluate.datasets.livecodebench import FILES, livecodebench, training_prompts
 from rotrl.evaluate.datasets.source import fill, rows
+from rotrl.evaluate.grade import Grader
 from rotrl.evaluate.task import Test as Case
 
 AIME = [
@@ -362,6 +363,21 @@ def test_training_prompts_carry_no_tests_and_need_none_to_be_read(folder):
     assert len(training_prompts(path=folder, files=SMALL, limit=1, seed=3).problems) == 1
     with pytest.raises(EvaluationError, match=r"models\.prompts\.EXPERT\.path=.*no such file or folder"):
         training_prompts(path=folder / "absent")
+
+
+def test_what_is_loaded_is_what_the_graders_take(folder, tmp_path):
+    code = livecodebench(path=folder, files=SMALL, problems=2)
+    numbers = math.aime24(path=lines(tmp_path / "aime.jsonl", AIME), problems=2)
+    stdin = "```python\nprint(sum(map(int, input().split())))\n```"
+    function = "```python\nclass Solution:\n    def join(self, a, b):\n        return [sum(a), None]\n```"
+    with Grader([code, numbers]) as grader:
+        verdicts = [
+            grader.submit(code, code.problems[0], stdin).result(),
+            grader.submit(code, code.problems[1], function).result(),
+            grader.submit(code, code.problems[1], stdin).result(),
+            grader.submit(numbers, numbers.problems[0], "So it is \\boxed{25}.").result(),
+        ]
+    assert [verdict.correct for verdict in verdicts] == [True, True, False, True]
 
 
 # The hub, through its real client

@@ -1,5 +1,6 @@
 """The presets of benchmarks and protocols, and how a multirun is launched, composed by Hydra from `conf/`."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
-from rotrl.config import config_dir
+from rotrl import config
+from rotrl.evaluate.sampling import Sampling, samples_per_problem
 
-CONF = Path(config_dir())
+CONF = Path(config.config_dir())
 TASKS = {
     "math": ["aime24", "aime25", "math500", "amc23"],
     "code": ["livecodebench"],
@@ -24,6 +27,12 @@ PUBLISHED = ["archer", "deepcoder", "deepscaler", "open_r1", "prorl", "sober_loo
 def composed(name: str, *overrides: str) -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=True)  # pyright: ignore
+
+
+def whole(*overrides: str) -> dict:
+    """The part of the program's own configuration that an evaluation reads."""
+    found = config.compose(overrides)
+    return {key: OmegaConf.to_container(found[key], resolve=True) for key in ("evaluation", "protocol")}
 
 
 @pytest.mark.parametrize("preset", TASKS)
@@ -39,10 +48,6 @@ def test_a_preset_names_its_tasks_and_pins_their_revisions(preset):
 @pytest.mark.parametrize("name", TASKS["full"])
 def test_a_node_shows_every_setting_with_the_functions_default(name):
     """What a user can override is on the screen of `--cfg job`, and a misspelt key is refused before anything runs."""
-    import inspect
-
-    from hydra.utils import get_method
-
     node = composed("evaluation/full")["evaluation"]["tasks"][name]
     function = get_method(node.pop("_target_"))
     defaults = {key: value.default for key, value in inspect.signature(function).parameters.items()}
@@ -51,27 +56,24 @@ def test_a_node_shows_every_setting_with_the_functions_default(name):
 
 
 @pytest.mark.parametrize("protocol", PUBLISHED)
-def test_a_protocol_has_the_keys_of_the_others_and_an_n_for_every_task(protocol):
-    found = composed("evaluation/full", f"+protocol={protocol}")
-    settings = found["protocol"]
+def test_a_protocol_fixes_its_sampling_and_has_an_n_for_every_task(protocol):
+    found = whole("evaluation=full", f"protocol={protocol}")
+    settings, tasks = found["protocol"], found["evaluation"]["tasks"]
     assert settings["name"] == protocol
-    assert settings.keys() - {"prompts"} == composed("protocol/deepcoder")["protocol"].keys()
-    ns = settings["n"] if isinstance(settings["n"], dict) else dict.fromkeys(TASKS["full"], settings["n"])
-    assert ns.keys() == set(TASKS["full"])
-    assert max(settings["ks"]) <= min(ns.values())
-    for name, node in found["evaluation"]["tasks"].items():
+    assert Sampling.of(settings).max_tokens == 32768
+    ns = [samples_per_problem(settings, name) for name in tasks]
+    assert max(settings["ks"]) <= max(ns)
+    for name, node in tasks.items():
         kind = "code" if name == "livecodebench" else "math"
         assert node["prompt"] == (settings.get("prompts") or {}).get(kind)
 
 
 def test_a_protocols_prompt_reaches_the_problems(tmp_path):
-    from hydra.utils import instantiate
-
-    node = composed("evaluation/full", "+protocol=deepscaler")["evaluation"]["tasks"]["aime25"]
+    node = whole("evaluation=full", "protocol=deepscaler")["evaluation"]["tasks"]["aime25"]
     file = tmp_path / "aime25.jsonl"
     file.write_text('{"id": "0", "problem": "What is {x}?", "answer": "1"}')
     (problem,) = instantiate({**node, "path": str(file), "problems": 1}).problems
-    assert problem.prompt == ("What is {x}? Let's think step by step and output the final answer within \\boxed{}.")
+    assert problem.prompt == "What is {x}? Let's think step by step and output the final answer within \\boxed{}."
 
 
 @pytest.fixture
