@@ -81,21 +81,20 @@ def custom(path: str | Path, name: str | None = None, limit: int | None = None) 
 
 def _problem(line: str, where: str) -> Problem:
     try:
-        row = json.loads(line)
+        row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(row, dict):
         raise EvaluationError(f"{where}: found a {type(row).__name__}, expected an object {{id, prompt, answer}}")
-    if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
-        row["id"] = str(row["id"])
+    for key, kind in (("id", int), ("answer", int | float)):
+        if isinstance(row.get(key), kind) and not isinstance(row[key], bool):
+            row[key] = str(row[key])
     prompt_key = "problem" if "problem" in row and "prompt" not in row else "prompt"
     for key in ("id", prompt_key):
         _require(row, key, where)
     if ("answer" in row) == ("tests" in row):
         raise EvaluationError(f"{where}: give exactly one of answer (math) and tests (code)")
     if "answer" in row:
-        if isinstance(row["answer"], int | float) and not isinstance(row["answer"], bool):
-            row["answer"] = str(row["answer"])
         _require(row, "answer", where)
         return Problem(row["id"], row[prompt_key], answer=row["answer"])
     entry_point = row.get("entry_point")

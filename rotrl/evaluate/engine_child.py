@@ -1,0 +1,101 @@
+"""The process that holds vLLM: `python -P -m rotrl.evaluate.engine_child FD`, started by `engine.Engine` alone.
+
+It speaks over one socket. In: the order to start, then ("load", model) and ("add", sampling, requests).
+Out: ("ready", facts), ("loaded",), ("done", [(index, token_ids, text, finish_reason)]), ("failed", line).
+When the socket closes, because the parent is gone or wants no more, the process ends at once.
+"""
+
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[tuple] = SimpleQueue()
+    order = connection.recv()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    try:
+        llm, facts = _start(**order)
+    except Exception as error:
+        connection.send(("failed", " ".join(f"{type(error).__name__}: {error}".split())))
+        raise
+    connection.send(("ready", facts))
+    _serve(llm, connection, inbox)
+
+
+def _listen(connection: Connection, inbox: "SimpleQueue[tuple]") -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # 15 s to start in this process, 32 s with one more
+        # With a seed per request vLLM winds the generator back after a part of a prompt; CPU generators can't be.
+        arguments = {"max_num_batched_tokens": 8192, **arguments, "enable_chunked_prefill": False}
+        arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_model_len"])
+    import vllm
+    from vllm.platforms import current_platform
+
+    llm = vllm.LLM(model, disable_log_stats=True, **arguments)
+    config = llm.llm_engine.vllm_config
+    facts = {
+        "vllm": vllm.__version__,
+        "device": current_platform.get_device_name(),
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "max_model_len": config.model_config.max_model_len,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+    }
+    return llm, facts
+
+
+def _serve(llm: Any, connection: Connection, inbox: "SimpleQueue[tuple]") -> None:
+    engine, live = llm.llm_engine, 0
+    while True:
+        while not (live and inbox.empty()):
+            kind, *content = inbox.get()
+            if kind == "load":
+                _load(llm, *content)
+                connection.send(("loaded",))
+            else:
+                live += _add(engine, connection, *content)
+        finished = [output for output in engine.step() if output.finished]
+        if finished:
+            live -= len(finished)
+            best = [(int(output.request_id), output.outputs[0]) for output in finished]
+            connection.send(("done", [(index, list(c.token_ids), c.text, c.finish_reason) for index, c in best]))
+
+
+def _load(llm: Any, model: str) -> None:
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("the prefix cache still holds the other model's prompts")
+
+
+def _add(engine: Any, connection: Connection, sampling: dict[str, Any], requests: list[tuple]) -> int:
+    """Queue (index, prompt_ids, seed); what vLLM refuses is answered at once, the others go on."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    queued = 0
+    for index, prompt_ids, seed in requests:
+        parameters = SamplingParams(**sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
+        try:
+            engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, parameters)
+            queued += 1
+        except ValueError as error:
+            connection.send(("done", [(index, [], str(error), "failed")]))
+    return queued
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What an engine must know of a model's folder without reading its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rotrl.errors import EvaluationError
+
+IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+def context_length(model_dir: Path) -> int:
+    """The most positions that a model has, from its config.json."""
+    return int(_config(model_dir)["max_position_embeddings"])
+
+
+def same_architecture(a: Path, b: Path) -> bool:
+    """Whether the weights of one can stand in an engine that was started with the other."""
+    return a == b or _architecture(a) == _architecture(b)
+
+
+def _architecture(model_dir: Path) -> dict[str, Any]:
+    return {key: value for key, value in _config(model_dir).items() if key not in IGNORED}
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    file = Path(model_dir) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{file}: can't be read ({error}); vLLM needs the model's configuration") from None
+
+
+def signature(model_dir: Path) -> list[tuple]:
+    """What changes when other weights are written to the same folder."""
+    stats = [(file, file.stat()) for file in sorted(Path(model_dir).resolve().glob("*.safetensors"))]
+    return [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats]

@@ -1,0 +1,173 @@
+"""Base, experts and merges on equal terms: the same prompts, seeds and engine, graded alike, compared by problem."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rotrl.errors import ConfigError
+from rotrl.evaluate.grade import Grader
+from rotrl.evaluate.graded import ENGINE_ERROR, alarms, correct_matrices, count_cut, graded_row
+from rotrl.evaluate.output import write_csv, write_jsonl
+from rotrl.evaluate.prompts import Prompts, check_models, combined_sha256, engine_length, needed_length, render
+from rotrl.evaluate.samples import Sampler, Wanted
+from rotrl.evaluate.sampling import Sampling, samples_per_problem
+from rotrl.evaluate.scores import COMPARISONS, SCORES, comparison_rows, score_rows
+from rotrl.evaluate.statistics import Array
+from rotrl.evaluate.store import Row
+from rotrl.evaluate.task import Task
+from rotrl.evaluate.verdict import Verdict
+from rotrl.evaluate.verdicts import Verdicts
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Evaluation:
+    """What all models are asked, and what has come of it."""
+
+    tasks: Sequence[Task]
+    n: dict[str, int]
+    ks: list[int]
+    protocol: str
+    prompts: Prompts
+    sampler: Sampler
+    out: Path
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    matrices: dict[str, dict[str, Array]] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        return [
+            Wanted(task.name, problem.id, index, self.prompts[task.name, problem.id])
+            for task in self.tasks
+            for problem in task.problems
+            for index in range(self.n[task.name])
+        ]
+
+
+@dataclass
+class Asked:
+    """The samples of one model, with verdicts that may still be under way."""
+
+    name: str
+    weights: str
+    verdicts: Verdicts
+    answers: dict[Wanted, tuple[Row, "Future[Verdict] | None"]] = field(default_factory=dict)
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    tasks: Sequence[Task],
+    *,
+    protocol: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    sandbox: Mapping[str, Any],
+    roles: Mapping[str, str],
+    weights: Mapping[str, str],
+    cache: Path,
+    out: Path,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Sample, grade and compare; write samples/<model>.jsonl, scores.csv and comparisons.csv below `out`.
+
+    `roles` says base, expert or merge for each model; `weights` is the sha256 of its weights, by which samples and
+    verdicts are kept below `cache`. All prompts get the base's chat template. Raises EvaluationError before the engine
+    starts where a prompt can't be asked of every model alike, ConfigError where the protocol can't be followed.
+    """
+    start, models = time.monotonic(), {name: Path(path) for name, path in models.items()}
+    job = _prepare(models, tasks, protocol, engine, roles, Path(cache), Path(out), seed)
+    behind: deque[Asked] = deque()
+    with Grader(tasks, sandbox=dict(sandbox)) as grader:
+        for number, (name, folder) in enumerate(models.items()):
+            kept = job.sampler.folder(weights[name]) / "verdicts"
+            behind.append(Asked(name, weights[name], Verdicts(grader, kept, dict(sandbox))))
+            _ask(job, folder, behind[-1], _part(progress, number, len(models)))
+            if len(behind) > 1:  # its grading went on while the next model was sampled
+                _finish(job, behind.popleft())
+        while behind:
+            _finish(job, behind.popleft())
+        level = grader.sandbox_level
+    comparisons = comparison_rows(job.matrices, roles, seed=seed)
+    write_csv(job.out / "scores.csv", SCORES, job.scores)
+    write_csv(job.out / "comparisons.csv", COMPARISONS, comparisons)
+    sampler = job.sampler
+    if sampler.damaged:
+        job.alarms.append(f"{sampler.damaged} stored samples were damaged: set aside and made again")
+    return {
+        "scores": job.scores,
+        "comparisons": comparisons,
+        "sandbox_level": level,
+        "prompt_sha256": combined_sha256(job.prompts),
+        "alarms": job.alarms,
+        "generated": sampler.generated,
+        "reused": sampler.reused,
+        "seconds": time.monotonic() - start,
+        "tokens_per_second": sampler.tokens / sampler.seconds if sampler.seconds else 0.0,
+    }
+
+
+def _prepare(
+    models: dict[str, Path],
+    tasks: Sequence[Task],
+    protocol: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    roles: Mapping[str, str],
+    cache: Path,
+    out: Path,
+    seed: int,
+) -> Evaluation:
+    """Everything that can be refused without an engine."""
+    sampling = Sampling.of(protocol)
+    n, ks = {task.name: samples_per_problem(protocol, task.name) for task in tasks}, list(protocol.get("ks") or [])
+    if impossible := [k for k in ks if not 1 <= k <= max(n.values())]:
+        raise ConfigError(f"protocol.ks: pass@{impossible[0]} can't be estimated from n={max(n.values())} samples")
+    base = models[next((name for name in models if roles[name] == "base"), next(iter(models)))]
+    prompts = render(base, tasks, protocol=protocol)
+    found = check_models(base, models, tasks, prompts, protocol=protocol)
+    needed = needed_length(prompts, sampling.max_tokens, models)
+    length = engine_length(needed, base, engine.get("max_model_len"))
+    settings = {"log": str(cache / "engine.log"), **engine, "max_model_len": length}
+    sampler = Sampler(sampling, settings, base, cache, seed)
+    return Evaluation(tasks, n, ks, str(protocol.get("name", "")), prompts, sampler, out, alarms=found)
+
+
+def _ask(job: Evaluation, folder: Path, asked: Asked, progress: Progress) -> None:
+    """Sample one model, and hand each sample to the grader as it comes."""
+    tasks = {task.name: task for task in job.tasks}
+    problems = {(task.name, problem.id): problem for task in job.tasks for problem in task.problems}
+    wanted = job.wanted
+    for number, (each, row) in enumerate(job.sampler.sample(folder, asked.weights, wanted), start=1):
+        future = None
+        if row["finish_reason"] != "failed":
+            problem = problems[each.task, each.problem]
+            future = asked.verdicts.submit(tasks[each.task], problem, row["completion"])
+        asked.answers[each] = (row, future)
+        progress(number, len(wanted))
+
+
+def _finish(job: Evaluation, asked: Asked) -> None:
+    """Wait for the verdicts of one model; write its samples and score them."""
+    asked.verdicts.save()
+    rows = []
+    for each in job.wanted:
+        row, future = asked.answers[each]
+        verdict = future.result() if future else ENGINE_ERROR
+        rows.append(graded_row(each, row, verdict, run_seed=job.sampler.seed, weights=asked.weights))
+    write_jsonl(job.out / "samples" / f"{asked.name.replace('/', '_')}.jsonl", rows)
+    cut = count_cut(rows, job.tasks, job.prompts)
+    job.alarms += alarms(asked.name, rows, cut["truncated"])
+    job.matrices[asked.name] = correct_matrices(rows, job.tasks, job.n)
+    job.scores += score_rows(
+        asked.name, job.matrices[asked.name], protocol=job.protocol, ks=job.ks, seed=job.sampler.seed, **cut
+    )
+
+
+def _part(progress: Progress | None, number: int, models: int) -> Progress:
+    """Progress of one of several models, in samples of all of them."""
+    return lambda done, total: progress(number * total + done, models * total) if progress else None

@@ -1,0 +1,64 @@
+"""Verdicts beside generation: each distinct answer is graded once, and its verdict is kept with the samples."""
+
+import hashlib
+import json
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from rotrl.evaluate.grade import Grader
+from rotrl.evaluate.store import Store
+from rotrl.evaluate.task import Problem, Task
+from rotrl.evaluate.verdict import Verdict
+
+GRADERS = ("verdict.py", "grade.py", "math.py", "code.py", "sandbox")
+
+
+class Verdicts:
+    """Grades for one model. `settings` are those of the grader; with its source, the sandbox level, problem and answer
+    they make the key of a verdict. What could not be graded is not kept."""
+
+    def __init__(self, grader: Grader, folder: Path, settings: dict) -> None:
+        self._grader = grader
+        self._store = Store(folder)
+        self._common = json.dumps([source_sha256(), grader.sandbox_level, settings], sort_keys=True).encode()
+        self._problems: dict[tuple[str, str], bytes] = {}
+        self._asked: dict[str, Future[Verdict]] = {}
+
+    def submit(self, task: Task, problem: Problem, completion: str) -> "Future[Verdict]":
+        """The verdict, which may already be known or under way for the same answer."""
+        key = self._key(task, problem, completion)
+        if key not in self._asked:
+            known = self._store.get(key)
+            if known is None:
+                self._asked[key] = self._grader.submit(task, problem, completion)
+            else:
+                self._asked[key] = Future()
+                self._asked[key].set_result(Verdict(**known))
+        return self._asked[key]
+
+    def save(self) -> None:
+        """Wait for all verdicts and keep those that are new."""
+        answers = {key: future.result() for key, future in self._asked.items()}
+        new = [(k, asdict(v)) for k, v in answers.items() if v.correct is not None and self._store.get(k) is None]
+        if new:
+            self._store.append(new)
+        self._store.close()
+
+    def _key(self, task: Task, problem: Problem, completion: str) -> str:
+        place = (task.name, problem.id)
+        if place not in self._problems:
+            content = json.dumps([task.grader, asdict(problem)], sort_keys=True, default=repr).encode()
+            self._problems[place] = hashlib.sha256(self._common + content).digest()
+        return hashlib.sha256(self._problems[place] + completion.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+@cache
+def source_sha256() -> str:
+    """Digest of the graders' source: an edited grader never answers with an old verdict."""
+    here, state = Path(__file__).parent, hashlib.sha256()
+    for name in GRADERS:
+        for file in sorted((here / name).rglob("*.py")) if (here / name).is_dir() else [here / name]:
+            state.update(file.read_bytes())
+    return state.hexdigest()
