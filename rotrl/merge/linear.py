@@ -32,6 +32,14 @@ def task_arithmetic(
     return base + scale * weighted_sum([expert - base for expert in experts], weights)
 
 
+def extrapolation(
+    base: Tensor, experts: Sequence[Tensor], *, alpha: float = 0.1, weights: Sequence[float] | None = None
+) -> Tensor:
+    """ExPO: `W + alpha (W - W0)` beyond the expert W, or beyond the weighted mean of several. arXiv 2404.16792."""
+    mean = linear(base, experts, weights=weights)
+    return mean + alpha * (mean - base)
+
+
 def interpolation(base: Tensor, experts: Pair, *, t: float = 0.5) -> Tensor:
     """`W_1 + t (W_2 - W_1)`: the chord from the first expert to the second, which the geodesic bends."""
     first, second = experts

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
 from rotrl.merge.method import Method, bind
+from rotrl.merge.statistics import Statistics
 
 Source = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
@@ -24,15 +26,17 @@ class Merger:
         check_family(base, experts)
         self.base, self.experts, self.method = base, dict(experts), method
         self.roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
+        self._last_layer = max((role.layer or 0 for role in self.roles.values()), default=0)
         self.acted = [name for name, info in base.tensors.items() if method.acts_on(self.roles[name], len(info.shape))]
         if not self.acted:
             raise ConfigError(
                 f"merge={method.name} acts on the matrices of attention and MLP, and no tensor of {base.path} has such "
                 "a name; use merge.scope=all"
             )
-        self.rotations: RotationsFile | None = None
+        self._under = Merger(base, experts, method.of, rotations) if method.of else None
+        self.rotations: RotationsFile | None = self._under.rotations if self._under else None
         self._source: Source | None = None
-        if method.needs_rotations:
+        if method.needs_rotations and self.rotations is None:
             if rotations is None:
                 raise ConfigError(f"merge={method.name} applies rotations and there are none; choose an align stage")
             self.rotations = open_rotations(rotations)
@@ -41,22 +45,41 @@ class Merger:
 
     def __call__(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
         """Base, experts and merge in float32. NumericsError names the tensor."""
-        base = self.base.read(name).float()
-        experts = [expert.read(name).float() for expert in self.experts.values()]
+        base, experts = self._read(name)
         try:
-            merged = self.method(
-                name,
-                self.roles[name],
-                base,
-                experts,
-                rotation=self.rotations.get(name) if self.rotations else None,
-                source=self._source(name, base, experts) if self._source else None,
-            )
+            merged = self.merged(name, base, experts)
             if not merged.isfinite().all():
                 raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
         except NumericsError as error:
             raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error
         return base, experts, merged
+
+    def merged(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """The merge of tensors that were read already."""
+        layer = self.roles[name].layer
+        return self.method(
+            name,
+            self.roles[name],
+            base,
+            experts,
+            depth=None if layer is None else layer / max(1, self._last_layer),
+            rotation=self.rotations.get(name) if self.rotations else None,
+            source=self._source(name, base, experts) if self._source else None,
+            merged=self._under.merged(name, base, experts) if self._under else None,
+            statistics=self._statistics,
+        )
+
+    def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        return self.base.read(name).float(), [expert.read(name).float() for expert in self.experts.values()]
+
+    @cached_property
+    def _statistics(self) -> Statistics | None:
+        """The first pass over all tensors that the method merges, made when the first merge is asked for."""
+        statistics = self.method.statistics()
+        if statistics is not None:
+            for name in self.acted:
+                statistics.add(*self._read(name))
+        return statistics
 
     def _check(self, rotations: RotationsFile) -> None:
         """Whether the rotations fit the tensors and were made for these weights."""
@@ -89,7 +112,7 @@ class Merger:
         if "merge" in source:
             start = bind(source["merge"], experts)
             if not start.needs_rotations:
-                return lambda name, base, weights: start(name, self.roles[name], base, weights)
+                return Merger(self.base, self.experts, start).merged
         raise CheckpointError(
             f"{rotations.path}: its source {json.dumps(source)} is neither the base, nor one of the experts "
             f"{', '.join(experts)}, nor a merge without rotations; run the alignment again"

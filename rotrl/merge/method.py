@@ -4,41 +4,55 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Rotation
 from rotrl.errors import ConfigError
+from rotrl.merge.check import per_layer_of, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
-from rotrl.merge.types import Matrix, Pair, Within
+from rotrl.merge.scale import at_scale
+from rotrl.merge.statistics import Statistics
+from rotrl.merge.types import Matrix, Pair
 
 SCOPES = ("matrices", "all")
-GIVEN = ("rotation", "source")  # by the engine, not by the configuration
-ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights")
+GIVEN = ("rotation", "source", "merged", "statistics")  # by the engine, not by the configuration
+ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A bound method. `config` is what it was made from, `hyper` the keywords of `function`."""
+    """A bound method. `config` is what it was made from, `hyper` the keywords of `function`.
+
+    `of` is the method whose merge a function with a parameter `merged` works on.
+    """
 
     name: str
     config: dict[str, Any]
     function: Callable[..., Tensor]
     hyper: dict[str, Any]
     scope: str
+    per_layer: dict[str, Any] = field(default_factory=dict)
+    of: "Method | None" = None
 
     @property
     def needs_rotations(self) -> bool:
-        return "rotation" in self._parameters
+        return "rotation" in self._parameters or (self.of is not None and self.of.needs_rotations)
 
     @property
     def needs_source(self) -> bool:
         return "source" in self._parameters
+
+    def statistics(self) -> Statistics | None:
+        """Empty statistics of the whole model for the engine to fill, None where the method needs none."""
+        hint = get_type_hints(self.function).get("statistics")
+        if hint is None:
+            return None
+        return next(kind for kind in (*get_args(hint), hint) if hasattr(kind, "needed")).needed(self.hyper)
 
     def acts_on(self, role: Role, dims: int) -> bool:
         """Whether the function merges this tensor; the linear rule does otherwise."""
@@ -53,62 +67,83 @@ class Method:
         base: Tensor,
         experts: Sequence[Tensor],
         *,
+        depth: float | None = None,
         rotation: Rotation | None = None,
         source: Tensor | None = None,
+        merged: Tensor | None = None,
+        statistics: Statistics | None = None,
     ) -> Tensor:
-        """The merged tensor, by the function or, out of its scope, by the linear rule at the same scale."""
+        """The merged tensor, by the function or, out of its scope, by `of` or the linear rule at the same scale.
+
+        `depth` goes from 0 at the first layer to 1 at the last.
+        """
+        hyper = self.hyper | {
+            key: value_at(values, self.hyper.get(key), tensor, role, depth) for key, values in self.per_layer.items()
+        }
         if not self.acts_on(role, base.ndim):
-            return self._linear_rule(base, experts)
-        given = {"rotation": rotation, "source": source}
-        hyper = self.hyper | {key: given[key] for key in GIVEN if key in self._parameters}
+            return merged if merged is not None else _linear_rule(base, experts, hyper)
+        given = {"rotation": rotation, "source": source, "merged": merged, "statistics": statistics}
+        hyper |= {key: given[key] for key in GIVEN if key in self._parameters}
         if "seed" in hyper:
             hyper["seed"] = tensor_seed(hyper["seed"], tensor)
-        return self.function(base, experts, **hyper)
-
-    def _linear_rule(self, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        if "t" in self.hyper:
-            return interpolation(base, (experts[0], experts[1]), t=self.hyper["t"])
-        weights = self.hyper.get("weights")
-        if "scale" in self.hyper:
-            return task_arithmetic(base, experts, scale=self.hyper["scale"], weights=weights)
-        return linear(base, experts, weights=weights)
+        return at_scale(self.function, base, experts, hyper)
 
     @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.function).parameters
 
 
+def _linear_rule(base: Tensor, experts: Sequence[Tensor], hyper: Mapping[str, Any]) -> Tensor:
+    if "t" in hyper:
+        return interpolation(base, (experts[0], experts[1]), t=hyper["t"])
+    known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
+    return at_scale(task_arithmetic if "scale" in known else linear, base, experts, known)
+
+
 def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     """Checks `config` against the function that its `_target_` names; ConfigError lists every fault at once."""
     function = _function(str(config.get("_target_", "")))
     hints = get_type_hints(function, include_extras=True)
-    parameters = [name for name in inspect.signature(function).parameters if name not in ("base", "experts", *GIVEN)]
-    allowed = [*(name for name in parameters if name != "weights"), "scope", "weights"]
-    if "weights" not in parameters:
-        allowed.remove("weights")
-    problems = []
-    for key, value in config.items():
-        if key in parameters and key != "weights":
-            problems += _faults(key, value, hints[key])
-        elif key == "scope" and value not in SCOPES:
-            problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
-        elif key not in ENGINE_KEYS or (key == "weights" and key not in parameters and value is not None):
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            problems.append(
-                f"unknown parameter merge.{key} of {function.__name__}{hint} (it takes {', '.join(allowed)})"
-            )
+    signature = inspect.signature(function).parameters
+    parameters = {name: hints[name] for name in signature if name not in ("base", "experts", *GIVEN)}
+    on_top = "merged" in signature
+    problems = _key_faults(config, parameters, function.__name__, on_top)
     if not expert_names:
         problems.append("no experts to merge; give models.experts")
     if hints.get("experts") == Pair and len(expert_names) != 2:
         problems.append(f"{function.__name__} merges two experts, not {len(expert_names)} ({', '.join(expert_names)})")
     hyper = {key: value for key, value in config.items() if key in parameters}
     if "weights" in hyper:
-        hyper["weights"], faults = _weights(hyper["weights"], expert_names)
+        hyper["weights"], faults = weights_of("weights", hyper["weights"], expert_names)
         problems += faults
+    per_layer, faults = per_layer_of(config.get("per_layer"), parameters, expert_names)
+    problems += faults
+    of = None
+    if on_top:
+        try:
+            of = bind(config.get("of") or {}, expert_names)
+        except ConfigError as error:
+            problems.append(str(error).replace("merge.", "merge.of."))
     if problems:
         raise ConfigError("; ".join(problems))
-    return Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all")
+    return Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all", per_layer, of)
+
+
+def _key_faults(config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, on_top: bool) -> list[str]:
+    """Unknown keys with the nearest known one, and wrong values."""
+    allowed = [key for key in parameters if key != "weights"] + ["of"] * on_top + ["scope", "per_layer"]
+    allowed += ["weights"] * ("weights" in parameters)
+    problems = []
+    for key, value in config.items():
+        if key in parameters and key != "weights":
+            problems += value_faults(key, value, parameters[key])
+        elif key == "scope" and value not in SCOPES:
+            problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
+        elif key not in (*ENGINE_KEYS, *allowed) or (key == "weights" and key not in allowed and value is not None):
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            problems.append(f"unknown parameter merge.{key} of {name}{hint} (it takes {', '.join(allowed)})")
+    return problems
 
 
 def tensor_seed(seed: int, tensor: str) -> int:
@@ -128,39 +163,3 @@ def _function(target: str) -> Callable[..., Tensor]:
     if names[:2] != ["base", "experts"]:
         raise ConfigError(f"merge._target_ {target!r} is no merge method: its parameters must begin with base, experts")
     return function
-
-
-def _faults(key: str, value: Any, hint: Any) -> list[str]:
-    """What is wrong with a value, by its type hint: a number (in an interval), a truth value, or one of some words."""
-    if get_origin(hint) is Literal:
-        words = get_args(hint)
-        return [] if value in words else [f"merge.{key} is {value!r}, one of {', '.join(words)} is expected"]
-    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    accepted = {float: (int, float), int: (int,), bool: (bool,)}.get(kind)
-    if accepted is None:
-        return []
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        word = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
-        return [f"merge.{key} is {value!r}, {word} is expected"]
-    if not math.isfinite(value):
-        return [f"merge.{key} is {value}, a finite number is expected"]
-    interval = next((extra for extra in extras if isinstance(extra, Within)), None)
-    if interval is not None and value not in interval:
-        return [f"merge.{key} is {value}, it must lie in {interval}"]
-    return []
-
-
-def _weights(weights: Any, expert_names: Sequence[str]) -> tuple[list[float] | None, list[str]]:
-    """The map by expert name as a list in the experts' order, and what is wrong with it."""
-    if weights is None:
-        return None, []
-    if not isinstance(weights, Mapping):
-        return None, [f"merge.weights is {weights!r}, a map from expert to number is expected"]
-    problems = []
-    for name in weights:
-        if name not in expert_names:
-            problems.append(f"merge.weights names {name!r}, the experts are {', '.join(expert_names)}")
-    problems += [f"merge.weights lacks expert {name!r}" for name in expert_names if name not in weights]
-    for name, value in weights.items():
-        problems += _faults(f"weights.{name}", value, float)
-    return None if problems else [float(weights[name]) for name in expert_names], problems

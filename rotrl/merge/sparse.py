@@ -1,12 +1,20 @@
-"""Merges that drop entries of the task vectors `d_i = W_i - W0` and settle conflicts of sign."""
+"""Merges that drop entries of the task vectors `d_i = W_i - W0` and settle conflicts of sign.
+
+Where entries are dropped at random, the engine makes `seed` differ by tensor name: no mask depends on sharding.
+"""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rotrl.errors import ConfigError
 from rotrl.merge.linear import weighted_sum
-from rotrl.merge.types import Density
+from rotrl.merge.statistics import Magnitudes
+from rotrl.merge.types import Density, Share
+
+Weights = Sequence[float] | None
 
 
 def ties(
@@ -15,16 +23,38 @@ def ties(
     *,
     density: Density = 0.2,
     scale: float = 1.0,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     normalize: bool = True,
+    threshold: Literal["tensor", "model"] = "tensor",
+    statistics: Magnitudes | None = None,
 ) -> Tensor:
     """TIES: trim, elect, merge. arXiv 2306.01708.
 
-    Keeps the `density` n largest entries of |d_i| (per tensor; entries as large as the smallest kept one are kept
-    too), elects the sign of `sum w_i d_i`, and gives `W0 + scale sum w_i d_i / sum w_i` over the entries of that sign;
-    without the division if not `normalize`.
+    Keeps the `density` n largest entries of |d_i| (entries as large as the smallest kept one are kept too), counted in
+    each tensor or, as the authors' code does, with one threshold for the whole model. Elects the sign of
+    `sum w_i d_i`, and gives `W0 + scale sum w_i d_i / sum w_i` over the entries of that sign; without the division if
+    not `normalize`.
     """
-    return base + scale * elect([trim(expert - base, density) for expert in experts], weights, normalize)
+    d = [expert - base for expert in experts]
+    if threshold == "tensor" or statistics is None:
+        kept = [trim(x, density) for x in d]
+    else:
+        kept = [x * (x.abs() >= least) for x, least in zip(d, statistics.thresholds(density), strict=True)]
+    return base + scale * elect(kept, weights, normalize)
+
+
+def dare_linear(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.5,
+    scale: float = 1.0,
+    weights: Weights = None,
+    seed: int = 0,
+    rescale: bool = True,
+) -> Tensor:
+    """DARE: `W0 + scale sum w_i m_i d_i / density`, m_i = 1 with probability density, else 0. arXiv 2311.03099."""
+    return base + scale * weighted_sum(_dropped(base, experts, density, seed, rescale), weights)
 
 
 def dare_ties(
@@ -33,35 +63,105 @@ def dare_ties(
     *,
     density: Density = 0.5,
     scale: float = 1.0,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     seed: int = 0,
     rescale: bool = True,
     normalize: bool = False,
 ) -> Tensor:
     """DARE with sign election: drops entries with probability 1 - density, divides the rest by density if `rescale`.
 
-    Then as TIES, summed over the entries of the elected sign as mergekit does, or averaged if `normalize`. The
-    engine makes `seed` differ by tensor name, so that no mask depends on sharding. arXiv 2311.03099.
+    Then as TIES, summed over the entries of the elected sign as mergekit does, or averaged if `normalize`.
+    arXiv 2311.03099.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for expert in experts:
-        mask = torch.rand(base.shape, generator=generator).to(base.device) < density
-        kept.append((expert - base) * mask / (density if rescale else 1.0))
-    return base + scale * elect(kept, weights, normalize)
+    return base + scale * elect(_dropped(base, experts, density, seed, rescale), weights, normalize)
+
+
+def della_linear(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.5,
+    epsilon: Share = 0.15,
+    scale: float = 1.0,
+    weights: Weights = None,
+    seed: int = 0,
+    rescale: bool = True,
+) -> Tensor:
+    """DELLA without sign election: `W0 + scale sum w_i m_i d_i / p_i`, m_i = 1 with probability p_i. arXiv 2406.11617.
+
+    In each row p rises with the rank of |d_i| from density - epsilon to density + epsilon.
+    """
+    return base + scale * weighted_sum(_dropped_by_rank(base, experts, density, epsilon, seed, rescale), weights)
+
+
+def della(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.5,
+    epsilon: Share = 0.15,
+    scale: float = 1.0,
+    weights: Weights = None,
+    seed: int = 0,
+    rescale: bool = True,
+    normalize: bool = True,
+) -> Tensor:
+    """DELLA: drops as `della_linear`, elects signs as TIES and averages the entries of that sign. arXiv 2406.11617."""
+    return base + scale * elect(_dropped_by_rank(base, experts, density, epsilon, seed, rescale), weights, normalize)
+
+
+def breadcrumbs(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.9,
+    gamma: Share = 0.01,
+    scale: float = 1.0,
+    weights: Weights = None,
+) -> Tensor:
+    """Model Breadcrumbs: `W0 + scale sum w_i m_i d_i`, in each tensor without outliers and tail. arXiv 2312.06795.
+
+    m_i drops the `gamma` n largest entries of |d_i| and the smallest, so that `density` n remain.
+    """
+    return base + scale * weighted_sum([trim_both(expert - base, density, gamma) for expert in experts], weights)
+
+
+def breadcrumbs_ties(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.9,
+    gamma: Share = 0.01,
+    scale: float = 1.0,
+    weights: Weights = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Model Breadcrumbs with the sign election of TIES, summed as mergekit does, or averaged if `normalize`."""
+    return base + scale * elect([trim_both(e - base, density, gamma) for e in experts], weights, normalize)
 
 
 def trim(d: Tensor, density: float) -> Tensor:
     """Zero but for the largest `round(density n)` entries by magnitude (at least one)."""
-    n = d.numel()
+    return d * largest(d.abs(), max(1, round(density * d.numel())))
+
+
+def trim_both(d: Tensor, density: float, gamma: float) -> Tensor:
+    """`round(density n)` entries: all but the `round(gamma n)` largest, as far as enough remain, and the smallest."""
+    n, magnitude = d.numel(), d.abs()
     keep = max(1, round(density * n))
-    if keep >= n:
-        return d
-    magnitude = d.abs()
-    return d * (magnitude >= magnitude.flatten().kthvalue(n - keep + 1).values)
+    top = min(round(gamma * n), n - keep)
+    kept = d * largest(magnitude, top + keep)
+    return kept * (magnitude <= magnitude.flatten().kthvalue(n - top).values) if top else kept
 
 
-def elect(d: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool) -> Tensor:
+def largest(values: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest values and of all that equal the smallest of them."""
+    if count >= values.numel():
+        return torch.ones_like(values, dtype=torch.bool)
+    return values >= values.flatten().kthvalue(values.numel() - count + 1).values
+
+
+def elect(d: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:
     """`sum w_i d_i` over the entries whose sign is that of the whole weighted sum, over `sum w_i` if `normalize`."""
     w = weights or [1.0] * len(d)
     sign = weighted_sum(d, w).sign()
@@ -71,3 +171,39 @@ def elect(d: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool)
         return total
     count = weighted_sum([mask.to(total) for mask in agreeing], w)
     return total / torch.where(count == 0, 1, count)
+
+
+def keep_probability(d: Tensor, density: float, epsilon: float) -> Tensor:
+    """In each row from density - epsilon for the smallest |d| to density + epsilon for the largest, linear in rank."""
+    if density == 1:
+        return torch.ones_like(d)
+    if not (density > epsilon and density + epsilon <= 1):
+        raise ConfigError(
+            f"merge.density={density} and merge.epsilon={epsilon}: density -+ epsilon must lie in (0, 1]; "
+            "use a smaller epsilon"
+        )
+    rank = d.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(d) / max(1, d.shape[-1] - 1)
+    return density + epsilon * (2 * rank - 1)
+
+
+def _dropped(base: Tensor, experts: Sequence[Tensor], density: float, seed: int, rescale: bool) -> list[Tensor]:
+    return _sample(base, experts, [torch.full_like(base, density)] * len(experts), seed, rescale)
+
+
+def _dropped_by_rank(
+    base: Tensor, experts: Sequence[Tensor], density: float, epsilon: float, seed: int, rescale: bool
+) -> list[Tensor]:
+    probability = [keep_probability(expert - base, density, epsilon) for expert in experts]
+    return _sample(base, experts, probability, seed, rescale)
+
+
+def _sample(
+    base: Tensor, experts: Sequence[Tensor], probability: Sequence[Tensor], seed: int, rescale: bool
+) -> list[Tensor]:
+    """Task vectors of which each entry stays with its probability, divided by it if `rescale`."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for expert, p in zip(experts, probability, strict=True):
+        mask = torch.rand(base.shape, generator=generator).to(base.device) < p
+        kept.append((expert - base) * mask / (p if rescale else 1.0))
+    return kept

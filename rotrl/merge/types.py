@@ -28,5 +28,6 @@ Pair = tuple[Tensor, Tensor]
 """The experts of a method for exactly two."""
 
 Density = Annotated[float, Within(0, 1, above=True)]
+Share = Annotated[float, Within(0, 1)]
 NonNegative = Annotated[float, Within(0)]
 Side = Literal["left", "right"]

@@ -8,7 +8,7 @@ import torch
 
 from rotrl.checkpoint.layout import Role
 from rotrl.errors import ConfigError
-from rotrl.merge.method import bind, tensor_seed
+from rotrl.merge.method import GIVEN, bind, tensor_seed
 
 NAMES = sorted(
     path.stem
@@ -31,7 +31,7 @@ def test_shipped_configuration_is_bound_and_is_the_signatures_default(name, ship
     method = bind(shipped(name), EXPERTS)
     assert method.name == name
     for key, parameter in inspect.signature(method.function).parameters.items():
-        if key not in ("base", "experts", "rotation", "source"):
+        if key not in ("base", "experts", *GIVEN):
             assert method.hyper[key] == parameter.default, key
 
 
@@ -43,7 +43,7 @@ def test_misspelt_key_names_the_nearest_and_all(shipped):
     text = refusal({**shipped("ties"), "denisty": 0.3})
     assert "merge.denisty" in text
     assert "'density'" in text
-    assert "density, scale, normalize, scope, weights" in text
+    assert "density, scale, normalize, threshold, scope, per_layer, weights" in text
 
 
 def test_all_faults_are_told_at_once(shipped):

@@ -1,0 +1,123 @@
+"""What is wrong with the values of a merge configuration, each fault in words that name its key."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from rotrl.checkpoint.layout import MATRICES, Role
+from rotrl.merge.scale import RULES
+from rotrl.merge.types import Within
+
+MODULES = (*MATRICES, "embedding", "head", "norm", "bias", "other")
+WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
+
+
+def value_faults(key: str, value: Any, hint: Any) -> list[str]:
+    """A number (in an interval), a truth value, or one of some words, by the type hint; `scale` may name a rule."""
+    if get_origin(hint) is Literal:
+        words = get_args(hint)
+        return [] if value in words else [f"merge.{key} is {value!r}, one of {', '.join(words)} is expected"]
+    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    accepted = {float: (int, float), int: (int,), bool: (bool,)}.get(kind)
+    if accepted is None or (_is_scale(key) and value in RULES):
+        return []
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        word = f"a number or one of {', '.join(RULES)}" if _is_scale(key) else WORDS[kind]
+        return [f"merge.{key} is {value!r}, {word} is expected"]
+    if not math.isfinite(value):
+        return [f"merge.{key} is {value}, a finite number is expected"]
+    interval = next((extra for extra in extras if isinstance(extra, Within)), None)
+    if interval is not None and value not in interval:
+        return [f"merge.{key} is {value}, it must lie in {interval}"]
+    return []
+
+
+def weights_of(key: str, weights: Any, expert_names: Sequence[str]) -> tuple[list[float] | None, list[str]]:
+    """The map by expert name as a list in the experts' order, and what is wrong with it."""
+    if weights is None:
+        return None, []
+    if not isinstance(weights, Mapping):
+        return None, [f"merge.{key} is {weights!r}, a map from expert to number is expected"]
+    problems = [
+        f"merge.{key} names {name!r}, the experts are {', '.join(expert_names)}"
+        for name in weights
+        if name not in expert_names
+    ]
+    problems += [f"merge.{key} lacks expert {name!r}" for name in expert_names if name not in weights]
+    for name, value in weights.items():
+        problems += value_faults(f"{key}.{name}", value, float)
+    return None if problems else [float(weights[name]) for name in expert_names], problems
+
+
+def per_layer_of(
+    per_layer: Any, hints: Mapping[str, Any], expert_names: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """`merge.per_layer` with its weights as lists, and what is wrong with it.
+
+    A map from parameter to values: a list, interpolated over depth from the first layer to the last, or a map from
+    module (q, k, ..., norm) or regular expression on the tensor name to a value, the first match holds.
+    """
+    if per_layer is None:
+        return {}, []
+    if not isinstance(per_layer, Mapping):
+        return {}, [f"merge.per_layer is {per_layer!r}, a map from parameter to values is expected"]
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, values in per_layer.items():
+        key = f"per_layer.{name}"
+        if name not in hints:
+            problems.append(f"merge.{key}: {name!r} is none of the parameters {', '.join(hints)}")
+        elif isinstance(values, Sequence) and not isinstance(values, str):
+            problems += _list_faults(key, values, hints[name])
+            found[name] = list(values)
+        elif isinstance(values, Mapping):
+            found[name] = dict(values)
+            for pattern, value in values.items():
+                problems += _pattern_faults(key, str(pattern))
+                if name == "weights":
+                    found[name][pattern], faults = weights_of(f"{key}.{pattern}", value, expert_names)
+                else:
+                    faults = value_faults(f"{key}.{pattern}", value, hints[name])
+                problems += faults
+        else:
+            problems.append(f"merge.{key} is {values!r}, a list over depth or a map by module or pattern is expected")
+    return found, problems
+
+
+def value_at(values: Any, default: Any, tensor: str, role: Role, depth: float | None) -> Any:
+    """A per-layer parameter for a tensor at `depth` (0 first layer, 1 last); `default` where it has none."""
+    if isinstance(values, list):
+        if depth is None:
+            return default
+        position = depth * (len(values) - 1)
+        low = min(int(position), len(values) - 2) if len(values) > 1 else 0
+        return values[low] + (position - low) * (values[min(low + 1, len(values) - 1)] - values[low])
+    for pattern, value in values.items():
+        if role.module == pattern if pattern in MODULES else re.search(pattern, tensor):
+            return value
+    return default
+
+
+def _is_scale(key: str) -> bool:
+    return "scale" in key.split(".")
+
+
+def _list_faults(key: str, values: Sequence[Any], hint: Any) -> list[str]:
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if kind is not float or not values:
+        return [f"merge.{key} is {list(values)}; only numbers are interpolated over depth, use a map by module"]
+    problems = [fault for i, value in enumerate(values) for fault in value_faults(f"{key}.{i}", value, hint)]
+    if any(isinstance(value, str) for value in values):
+        problems.append(f"merge.{key} is {list(values)}; rules can't be interpolated, use a map by module")
+    return problems
+
+
+def _pattern_faults(key: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [
+            f"merge.{key}: {pattern!r} is neither a module ({', '.join(MODULES)}) nor a regular expression ({error})"
+        ]
+    return []

@@ -1,0 +1,79 @@
+"""Scale rules: every one against its definition, on methods that are linear in the scale and on one that is not."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rotrl.checkpoint.layout import Role
+from rotrl.errors import ConfigError, NumericsError
+from rotrl.merge.linear import task_arithmetic
+from rotrl.merge.rotation import lie_sum
+from rotrl.merge.scale import RULES, at_scale
+from rotrl.merge.sparse import ties
+
+SEEDS = st.integers(0, 10**6)
+
+
+def merged(function, rule, base, experts, **hyper):
+    result = at_scale(function, torch.tensor(base), [torch.tensor(e) for e in experts], {"scale": rule, **hyper})
+    return result.numpy()
+
+
+@pytest.mark.parametrize("function", [task_arithmetic, ties, lie_sum])
+@given(seed=SEEDS)
+def test_rules(function, seed, models):
+    base, experts = models(seed, size=0.05)
+    d = [e - base for e in experts]
+    one, third = (merged(function, scale, base, experts) for scale in (1.0, 1 / 3))
+    np.testing.assert_array_equal(merged(function, "sum", base, experts), one)
+    np.testing.assert_array_equal(merged(function, "mean", base, experts), third)
+    update = merged(function, "norm", base, experts) - base
+    assert np.linalg.norm(update) == pytest.approx(np.mean([np.linalg.norm(x) for x in d]))
+    np.testing.assert_allclose(update / np.linalg.norm(update), (one - base) / np.linalg.norm(one - base), atol=1e-9)
+    update = merged(function, "retention", base, experts) - base
+    assert sum((update * x).sum() for x in d) == pytest.approx(sum((x * x).sum() for x in d))
+
+
+def test_retention_of_equal_norms_solves_for_the_coefficients():
+    d = np.array([[1.0, 0, 0], [0.6, 0.8, 0]])
+    c = np.linalg.solve(d @ d.T, np.diag(d @ d.T))
+    update = merged(task_arithmetic, "retention", np.zeros((1, 3)), [x[None] for x in d])
+    np.testing.assert_allclose(update[0], c @ d)
+
+
+def test_mean_divides_by_the_weights(models):
+    base, experts = models(count=2)
+    expected = 0.25 * experts[0] + 0.75 * experts[1]
+    np.testing.assert_allclose(merged(task_arithmetic, "mean", base, experts, weights=[1.0, 3.0]), expected)
+
+
+def test_equal_experts_give_that_expert_by_every_rule_but_the_sum(models):
+    base, experts = models(count=1)
+    for rule in ("mean", "norm", "retention"):
+        np.testing.assert_allclose(merged(task_arithmetic, rule, base, experts * 4), experts[0], atol=1e-12)
+
+
+def test_updates_that_vanish(models):
+    base, (expert, *_) = models()
+    for rule in RULES:
+        np.testing.assert_array_equal(merged(task_arithmetic, rule, base, [base, base]), base)
+    for rule in ("norm", "retention"):
+        with pytest.raises(NumericsError, match=f"merge.scale={rule}"):
+            merged(task_arithmetic, rule, base, [expert, 2 * base - expert])
+
+
+def test_rules_hold_outside_the_scope_too(method):
+    base, experts = torch.zeros(4), [torch.ones(4), 3 * torch.ones(4)]
+    norm = method("tsv_m", scale="norm")("x", Role(0, "norm"), base, experts)
+    assert norm.norm() == pytest.approx(4)
+
+
+def test_what_may_stand_for_a_scale(method):
+    for rule in RULES:
+        assert method("ties", scale=rule).hyper["scale"] == rule
+    with pytest.raises(ConfigError, match=r"merge\.scale is 'large', a number or one of mean, norm, sum, retention"):
+        method("ties", scale="large")
+    with pytest.raises(ConfigError, match=r"merge\.density is 'mean', a number is expected"):
+        method("ties", density="mean")
