@@ -38,8 +38,8 @@ class Engine:
     """
 
     def __init__(self, model_dir: Path, *, settings: Mapping[str, Any]) -> None:
-        self.settings = {key: value for key, value in settings.items() if key not in ("log", "max_model_len")}
-        self._arguments = dict(settings)
+        self.settings = _chosen(settings)
+        self._arguments = {key: value for key, value in settings.items() if value is not None}
         self._threads = self._arguments.pop("threads", None)
         log = self._arguments.pop("log", None)
         self.log = Path(log or tempfile.mkstemp(prefix="rotrl-engine-", suffix=".log")[1])
@@ -202,8 +202,7 @@ def shared_engine(model_dir: Path, settings: Mapping[str, Any]) -> Engine:
     settings with at least this `max_model_len` is used again.
     """
     global _shared
-    wanted = {key: value for key, value in settings.items() if key not in ("log", "max_model_len")}
-    length = settings.get("max_model_len") or context_length(model_dir)
+    wanted, length = _chosen(settings), settings.get("max_model_len") or context_length(model_dir)
     if _shared is not None:
         if (_shared.settings, same_architecture(model_dir, _shared.model)) == (wanted, True) and (
             _shared.max_model_len >= length
@@ -212,6 +211,11 @@ def shared_engine(model_dir: Path, settings: Mapping[str, Any]) -> Engine:
         _shared.close()
     _shared = Engine(model_dir, settings={**settings, "max_model_len": length})
     return _shared
+
+
+def _chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree for an engine to serve again."""
+    return {key: value for key, value in settings.items() if key not in ("log", "max_model_len") and value is not None}
 
 
 @atexit.register

@@ -40,9 +40,7 @@ def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if not torch.cuda.is_available():
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # 15 s to start in this process, 32 s with one more
-        # With a seed per request vLLM winds the generator back after a part of a prompt; CPU generators can't be.
-        arguments = {"max_num_batched_tokens": 8192, **arguments, "enable_chunked_prefill": False}
-        arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], arguments["max_model_len"])
+        arguments = _on_cpu(arguments)
     import vllm
     from vllm.platforms import current_platform
 
@@ -56,6 +54,17 @@ def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
     }
     return llm, facts
+
+
+def _on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    import psutil
+
+    # By default vLLM takes 92 % of a machine's memory for the cache, or refuses to start where others use some.
+    cache = min(4 << 30, psutil.virtual_memory().available // 4)
+    given = {"kv_cache_memory_bytes": cache, "max_num_batched_tokens": 8192, **arguments}
+    # With a seed per request vLLM winds the generator back after a part of a prompt; CPU generators can't be.
+    whole_prompts = max(given["max_num_batched_tokens"], given["max_model_len"])
+    return {**given, "enable_chunked_prefill": False, "max_num_batched_tokens": whole_prompts}
 
 
 def _serve(llm: Any, connection: Connection, inbox: "SimpleQueue[tuple]") -> None:

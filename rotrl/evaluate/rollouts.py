@@ -43,7 +43,7 @@ def rollouts(
         needed = max(needed, needed_length(prompts, chosen.max_tokens, {name: models[name]}))
         wanted[name] = [Wanted(task.name, p.id, i, prompts[task.name, p.id]) for p in task.problems for i in range(n)]
     length = engine_length(needed, base, engine.get("max_model_len"))
-    settings = {"log": str(Path(cache) / "engine.log"), **engine, "max_model_len": length}
+    settings = {**engine, "log": engine.get("log") or str(Path(cache) / "engine.log"), "max_model_len": length}
     sampler = Sampler(chosen, settings, base, Path(cache), seed, with_ids=True)
     done, total, files = 0, sum(map(len, wanted.values())), {}
     for name, asked in wanted.items():

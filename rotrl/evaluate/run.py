@@ -132,7 +132,7 @@ def _prepare(
     found = check_models(base, models, tasks, prompts, protocol=protocol)
     needed = needed_length(prompts, sampling.max_tokens, models)
     length = engine_length(needed, base, engine.get("max_model_len"))
-    settings = {"log": str(cache / "engine.log"), **engine, "max_model_len": length}
+    settings = {**engine, "log": engine.get("log") or str(cache / "engine.log"), "max_model_len": length}
     sampler = Sampler(sampling, settings, base, cache, seed)
     return Evaluation(tasks, n, ks, str(protocol.get("name", "")), prompts, sampler, out, alarms=found)
 

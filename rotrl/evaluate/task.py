@@ -47,13 +47,15 @@ class Task:
             seen.add(problem.id)
 
 
-def custom(path: str | Path, name: str | None = None, limit: int | None = None) -> Task:
+def custom(path: str | Path | None, name: str | None = None, limit: int | None = None) -> Task:
     """Read a user's task, one JSON object a line.
 
     Math: {id, prompt or problem, answer}. Code: {id, prompt or problem, tests: [{input, output}], entry_point?}; with
     entry_point a test's input is the list of arguments and its output a JSON value, without it both are text
     (stdin, stdout). Raises EvaluationError with the file, the line and the field at fault.
     """
+    if path is None:
+        raise EvaluationError("no problems were given; set evaluation.path to a JSONL file")
     file = Path(path)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # U+2028 is text inside JSON
