@@ -55,11 +55,12 @@ def test_a_node_shows_every_setting_with_the_functions_default(name):
     assert defaults.keys() - node.keys() <= {"name", "files"}
 
 
-@pytest.mark.parametrize("protocol", PUBLISHED)
+@pytest.mark.parametrize("protocol", ["default", *PUBLISHED])
 def test_a_protocol_fixes_its_sampling_and_has_an_n_for_every_task(protocol):
     found = whole("evaluation=full", f"protocol={protocol}")
     settings, tasks = found["protocol"], found["evaluation"]["tasks"]
-    assert settings["name"] == protocol
+    assert settings["name"] == ("rotrl" if protocol == "default" else protocol)
+    assert settings["top_k"] == -1  # one way to say "all tokens": samples are kept by their settings
     assert Sampling.of(settings).max_tokens == 32768
     ns = [samples_per_problem(settings, name) for name in tasks]
     assert max(settings["ks"]) <= max(ns)
