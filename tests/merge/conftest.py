@@ -32,7 +32,10 @@ def shipped() -> Callable[..., dict]:
         root = OmegaConf.create({"merge_scale": 1.0, "seed": 0, "merge": OmegaConf.load(CONF / f"{name}.yaml")})
         content = OmegaConf.to_container(root, resolve=True)
         assert isinstance(content, dict)
-        return {**content["merge"], **changes}
+        under = {}
+        for entry in content["merge"].pop("defaults", []):
+            under |= {} if entry == "_self_" else {"of": load(entry["/merge@of"])}
+        return {**content["merge"], **under, **changes}
 
     return load
 
