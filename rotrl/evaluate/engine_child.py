@@ -40,7 +40,7 @@ def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if not torch.cuda.is_available():
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # 15 s to start in this process, 32 s with one more
-        arguments = _on_cpu(arguments)
+        arguments = _on_cpu(model, arguments)
     import vllm
     from vllm.platforms import current_platform
 
@@ -56,15 +56,25 @@ def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return llm, facts
 
 
-def _on_cpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    import psutil
-
-    # By default vLLM takes 92 % of a machine's memory for the cache, or refuses to start where others use some.
-    cache = min(4 << 30, psutil.virtual_memory().available // 4)
-    given = {"kv_cache_memory_bytes": cache, "max_num_batched_tokens": 8192, **arguments}
+def _on_cpu(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    given = {"kv_cache_memory_bytes": _cache_bytes(model, arguments), "max_num_batched_tokens": 8192, **arguments}
     # With a seed per request vLLM winds the generator back after a part of a prompt; CPU generators can't be.
     whole_prompts = max(given["max_num_batched_tokens"], given["max_model_len"])
     return {**given, "enable_chunked_prefill": False, "max_num_batched_tokens": whole_prompts}
+
+
+def _cache_bytes(model: str, arguments: dict[str, Any]) -> int:
+    """Room for all sequences at full length, at most half of the free memory. By default vLLM takes 92 % of the
+    machine's, or refuses to start where others use some."""
+    import psutil
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = arguments.get("max_num_seqs", 256) * (arguments["max_model_len"] // 128 + 1)
+    needed = blocks * 128 * config.num_hidden_layers * 2 * heads * width * 4  # float32 keys and values
+    return min(needed, psutil.virtual_memory().available // 2)
 
 
 def _serve(llm: Any, connection: Connection, inbox: "SimpleQueue[tuple]") -> None:

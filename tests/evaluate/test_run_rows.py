@@ -1,0 +1,161 @@
+"""From graded samples to the rows of scores.csv and comparisons.csv, and what raises an alarm."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from rotrl.evaluate import graded, scores
+from rotrl.evaluate.output import cell, write_csv, write_jsonl
+from rotrl.evaluate.prompts import Prompt
+from rotrl.evaluate.samples import Wanted
+from rotrl.evaluate.statistics import avg_at_n, paired_difference, pass_at_k
+from rotrl.evaluate.task import Problem, Task
+from rotrl.evaluate.verdict import Verdict
+
+TASK = Task("sums", (Problem("a", "1?", answer="1"), Problem("b", "2?", answer="2")), "math")
+PROMPTS = {("sums", name): Prompt((1, 2), f"sha-{name}", thinks) for name, thinks in (("a", False), ("b", True))}
+N = {"sums": 2}
+
+
+def rows(verdicts: list[str], reasons: list[str] | None = None, texts: list[str] | None = None) -> list[dict]:
+    """Samples a0, a1, b0, b1."""
+    found = []
+    for i, word in enumerate(verdicts):
+        name = "ab"[i // 2]
+        row = {
+            "completion": (texts or ["x</think>"] * 4)[i],
+            "finish_reason": (reasons or ["stop"] * 4)[i],
+            "tokens": 3,
+        }
+        verdict = graded.ENGINE_ERROR if word == "engine error" else Verdict.of(word, "math:integer")
+        wanted = Wanted("sums", name, i % 2, PROMPTS["sums", name])
+        found.append(graded.graded_row(wanted, row, verdict, run_seed=0, weights="w"))
+    return found
+
+
+def test_the_row_is_that_of_the_contract():
+    assert ", ".join(rows(["accepted"])[0]) == (
+        "task, problem_id, sample_index, seed, prompt_sha256, completion, finish_reason, tokens, verdict, grader, "
+        "model_sha256"
+    )
+
+
+def test_matrices_hold_what_could_be_graded():
+    found = rows(["accepted", "wrong answer", "grader error", "engine error"])
+    matrix = graded.correct_matrices(found, [TASK], N)["sums"]
+    assert np.array_equal(matrix, [[1, 0], [np.nan, np.nan]], equal_nan=True)
+    assert graded.correct_matrices(rows(["time limit", "no code"] * 2), [TASK], N)["sums"].sum() == 0
+
+
+def test_cut_off_and_unclosed_thoughts_are_counted():
+    found = rows(["accepted"] * 4, ["length", "stop", "stop", "stop"], ["5", "<think>5", "5", "5</think>5"])
+    cut = graded.count_cut(found, [TASK], PROMPTS)
+    assert cut == {"truncated": {"sums": 1}, "unfinished": {"sums": 2}}
+
+
+def test_alarms_are_sentences_about_a_model_and_a_task():
+    found = rows(["grader timeout", "accepted", "engine error", "engine error"], ["length"] * 4)
+    said = graded.alarms("merge", found, {"sums": 4})
+    assert said == [
+        "merge, sums: 4 of 4 samples were cut off at the token limit; raise protocol.max_tokens",
+        "merge, sums: 1 samples are left out (grader timeout)",
+        "merge, sums: the engine refused problem 'b' or died of it; left out",
+    ]
+    assert graded.alarms("merge", rows(["accepted"] * 4), {"sums": 0}) == []
+
+
+@pytest.fixture
+def world():
+    rng = np.random.default_rng(0)
+    rates = {"base": (0.3, 0.5), "math": (0.8, 0.5), "code": (0.3, 0.95), "merge": (0.7, 0.85)}
+    skill = rng.normal(0, 0.1, 200)
+    return {
+        name: {
+            task: (rng.random((200, n)) < np.clip(rate + skill, 0, 1)[:, None]).astype(float)
+            for task, rate, n in zip(("m", "c"), pair, (4, 2), strict=True)
+        }
+        for name, pair in rates.items()
+    }
+
+
+ROLES = {"base": "base", "math": "expert", "code": "expert", "merge": "merge"}
+
+
+def score(matrices, **changes):
+    zero = dict.fromkeys(matrices, 0)
+    options = {"protocol": "tiny", "ks": [1, 4], "truncated": zero, "unfinished": zero, "seed": 0}
+    return scores.score_rows("base", matrices, **options | changes)
+
+
+def test_scores_have_the_columns_and_metrics(world):
+    found = score(world["base"], truncated={"m": 3, "c": 4})
+    assert all(tuple(row) == scores.SCORES for row in found)
+    assert [(row["task"], row["metric"]) for row in found] == [
+        ("m", "avg@4"),
+        ("m", "pass@1"),
+        ("m", "pass@4"),
+        ("c", "avg@2"),
+        ("c", "pass@1"),
+        ("mean", "avg@4/2"),
+    ]
+    assert found[2]["value"] == pytest.approx(pass_at_k(world["base"]["m"], 4).mean(), abs=1e-6)
+    assert found[-1]["value"] == pytest.approx((found[0]["value"] + found[3]["value"]) / 2, abs=1e-6)
+    assert [row["truncated"] for row in found] == [3, 3, 3, 4, 4, 7]
+    assert (found[0]["problems"], found[0]["samples"], found[-1]["samples"]) == (200, 800, 1200)
+    for row in found:
+        assert row["low"] < row["sampling_low"] < row["value"] < row["sampling_high"] < row["high"]
+
+
+def test_problems_that_could_not_be_graded_are_left_out_of_the_score(world):
+    matrix = world["base"]["m"].copy()
+    matrix[0], matrix[1, 0] = np.nan, np.nan
+    found = score({"m": matrix})
+    assert [(row["problems"], row["samples"]) for row in found] == [(199, 795), (199, 795), (198, 792)]
+
+
+def test_one_sample_has_no_sampling_interval(world):
+    (row, *_) = score({"m": world["base"]["m"][:, :1]}, ks=[1])
+    assert (row["metric"], row["sampling_low"], row["sampling_high"]) == ("avg@1", None, None)
+
+
+def test_comparisons_are_experts_and_merges_against_base_and_merges_against_experts(world):
+    found = scores.comparison_rows(world, ROLES, seed=0)
+    assert all(tuple(row) == scores.COMPARISONS for row in found)
+    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in found))
+    assert pairs == [("math", "base"), ("code", "base"), ("merge", "base"), ("merge", "math"), ("merge", "code")]
+    assert [row["task"] for row in found] == ["m", "c", "mean"] * 5
+    first = paired_difference([avg_at_n(world["math"]["m"])], [avg_at_n(world["base"]["m"])])
+    assert found[0]["difference"] == pytest.approx(first.difference, abs=1e-6)
+    assert (found[0]["wins"], found[0]["ties"], found[0]["losses"]) == (first.wins, first.ties, first.losses)
+
+
+def test_retention_stands_where_a_merge_meets_an_expert_that_gained(world):
+    found = {(row["a"], row["b"], row["task"]): row for row in scores.comparison_rows(world, ROLES, seed=0)}
+    kept = {key for key, row in found.items() if row["retention"] is not None}
+    assert {("merge", "math", "m"), ("merge", "code", "c"), ("merge", "math", "mean")} <= kept
+    assert not kept & {("merge", "math", "c"), ("merge", "code", "m"), ("merge", "base", "m"), ("math", "base", "m")}
+    row = found["merge", "math", "m"]
+    assert row["retention_low"] < row["retention"] < row["retention_high"]
+    assert row["retention"] == pytest.approx(0.8, abs=0.1)
+
+
+def test_without_a_base_or_merges_there_is_nothing_to_compare(world):
+    assert scores.comparison_rows({"math": world["math"]}, {"math": "expert"}, seed=0) == []
+
+
+def test_csv_and_jsonl_appear_whole(tmp_path):
+    write_csv(tmp_path / "a" / "t.csv", ("x", "y"), [{"x": "a,b", "y": None}, {"x": cell(np.nan), "y": cell(1 / 3)}])
+    text = (tmp_path / "a" / "t.csv").read_text()
+    assert list(csv.reader(io.StringIO(text))) == [["x", "y"], ["a,b", ""], ["", "0.333333"]]
+
+    def broken():
+        yield {"x": 1}
+        raise RuntimeError
+
+    write_jsonl(tmp_path / "t.jsonl", [{"x": 0}])
+    with pytest.raises(RuntimeError):
+        write_jsonl(tmp_path / "t.jsonl", broken())
+    assert (tmp_path / "t.jsonl").read_text() == '{"x": 0}\n'
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "t.jsonl"]
