@@ -21,6 +21,7 @@ class Config:
     merge: Any = None  # one `_target_`, a suite {label: `_target_`}, or null
     evaluation: Any = None
     protocol: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     job: Any = None  # a stand-alone `_target_` (build_zoo) in place of the stages

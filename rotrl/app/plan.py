@@ -1,5 +1,6 @@
 """`plan_only=true`: what would be read, computed, written and sampled. Touches nothing."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from rotrl.evaluate.task import Task
 def show_plan(cfg: dict[str, Any]) -> None:
     """Prints the plan. Models that are not here are named; the rest is planned from the configuration."""
     console = Console()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a plan downloads nothing
     try:
         locate_all(cfg["models"], download=False)
     except RotrlError as missing:
@@ -100,6 +102,7 @@ def _tasks_or_reason(cfg: Mapping[str, Any], console: Console) -> list[Task]:
 
 def _evaluation(cfg: Mapping[str, Any], tasks: list[Task], models: int, console: Console) -> None:
     """Requests, the token budget, and the smallest difference between two models that n samples can show."""
+    from rotrl.evaluate.sampling import samples_per_problem
     from rotrl.evaluate.statistics import smallest_visible_difference
 
     if not tasks:
@@ -107,7 +110,7 @@ def _evaluation(cfg: Mapping[str, Any], tasks: list[Task], models: int, console:
     protocol = cfg["protocol"]
     table = Table("task", "problems", "n", "requests", "tokens at most", "smallest visible difference")
     for task in tasks:
-        n = protocol["n"] if isinstance(protocol["n"], int) else protocol["n"][task.name]
+        n = samples_per_problem(protocol, task.name)
         requests = len(task.problems) * n * models
         visible = smallest_visible_difference(len(task.problems), n)
         tokens = f"{requests * protocol['max_tokens']:,}"
