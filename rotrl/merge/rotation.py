@@ -51,6 +51,7 @@ def orthomerge(
     residual_scale: float = 0.2,
     residual: Literal["task_arithmetic", "ties", "tsv_m"] = "task_arithmetic",
     density: Density = 0.2,
+    variant: Literal["global", "conflict"] = "global",
     side: Side = "right",
     anchor: NonNegative = 0.01,
 ) -> Tensor:
@@ -58,11 +59,13 @@ def orthomerge(
 
     `Q_k = (R_k + I)^{-1} (R_k - I)`, `Q = mean|Q_k| sum Q_k / |sum Q_k|`, `W = W0 (I - Q)^{-1} (I + Q) + 0.2 sum E_k`;
     `scale` multiplies Q and the residual. With anchor 0 as published, `R_k = polar(W0^T W_k)`, which on wide matrices
-    fills the null space arbitrarily and often reflects: NumericsError. `density` is that of ties.
+    fills the null space arbitrarily and often reflects: NumericsError. `density` is that of ties. With variant conflict
+    R_k turns W0 to W0 plus the rows of d_k (columns, on the left side) whose cosine with the mean row is negative.
     """
 
     def rotate(w0: Tensor, *ws: Tensor) -> list[Tensor]:
-        rotations = [procrustes(w0, w, side="right", anchor=anchor) if anchor else polar(w0.mT @ w) for w in ws]
+        targets = ws if variant == "global" else _conflicting(w0, ws)
+        rotations = [procrustes(w0, w, side="right", anchor=anchor) if anchor else polar(w0.mT @ w) for w in targets]
         generators = [inverse_cayley(r) for r in rotations]
         total = weighted_sum(generators)
         length = torch.stack([q.norm() for q in generators]).mean()
@@ -70,7 +73,7 @@ def orthomerge(
         q = total * (length / total.norm()) if total.norm() > 1e-12 * length else torch.zeros_like(total)
         return [w0 @ cayley(scale * q), *(w0 @ r for r in rotations)]
 
-    turned, *explained = _on_the_right(rotate, [base, *experts], side, frame=anchor > 0)
+    turned, *explained = on_the_right(rotate, [base, *experts], side, frame=anchor > 0)
     rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
     merge = {"task_arithmetic": task_arithmetic, "ties": ties, "tsv_m": tsv_m}[residual]
     options = {"density": density} if residual == "ties" else {}
@@ -94,7 +97,7 @@ def lie_sum(
         generator = weighted_sum([log(r) for r in rotations], weights)
         return [w0 @ exp(scale * generator), *(w0 @ r for r in rotations)]
 
-    turned, *explained = _on_the_right(rotate, [base, *experts], side)
+    turned, *explained = on_the_right(rotate, [base, *experts], side)
     rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
     return (turned + scale * residual_scale * weighted_sum(rest, weights)).to(base)
 
@@ -111,7 +114,7 @@ def geodesic(
         r = procrustes(first, second, side="right", anchor=anchor)
         return [first @ part_of_the_way(r, t), first @ r]
 
-    turned, explained = _on_the_right(rotate, experts, side)
+    turned, explained = on_the_right(rotate, experts, side)
     return (turned + t * (experts[1] - explained)).to(base)
 
 
@@ -136,7 +139,13 @@ def learned(base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation
     return source if rotation is None else rotation.apply(source).to(base)
 
 
-def _on_the_right(
+def _conflicting(w0: Tensor, ws: Sequence[Tensor]) -> list[Tensor]:
+    vectors = [w - w0 for w in ws]
+    mean = weighted_sum(vectors)
+    return [w0 + d * ((d * mean).sum(1, keepdim=True) < 0) for d in vectors]
+
+
+def on_the_right(
     rule: Callable[..., list[Tensor]], matrices: Sequence[Tensor], side: Side, *, frame: bool = True
 ) -> list[Tensor]:
     """`rule` on float64 matrices of which it rotates the right side; a left rotation is a right one of the transposes.
@@ -145,7 +154,7 @@ def _on_the_right(
     (k, v, down) the rule works on coordinates in it: 4608 instead of 8960 columns for down and two experts.
     """
     if side == "left":
-        return [m.mT for m in _on_the_right(rule, [m.mT for m in matrices], "right", frame=frame)]
+        return [m.mT for m in on_the_right(rule, [m.mT for m in matrices], "right", frame=frame)]
     matrices = [m.double() for m in matrices]
     if not frame or sum(len(m) for m in matrices) >= matrices[0].shape[1]:
         return rule(*matrices)

@@ -272,8 +272,8 @@ def test_coordinates_in_the_joint_row_space_change_nothing(function, side, monke
     base, experts = models(shape)
     in_frame = run(function, base, experts, side=side)
     sizes = []
-    whole = rotation._on_the_right
-    monkeypatch.setattr(rotation, "_on_the_right", lambda *a, **k: whole(*a, **(k | {"frame": False})))
+    whole = rotation.on_the_right
+    monkeypatch.setattr(rotation, "on_the_right", lambda *a, **k: whole(*a, **(k | {"frame": False})))
     solve = rotation.procrustes
     monkeypatch.setattr(rotation, "procrustes", lambda s, t, **k: sizes.append(s.shape) or solve(s, t, **k))
     np.testing.assert_allclose(in_frame, run(function, base, experts, side=side), atol=1e-10)
