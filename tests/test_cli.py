@@ -1,0 +1,170 @@
+"""`python -m rotrl` as a stranger types it: exit codes, one line per mistake, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rotrl.zoo import zoo_path
+
+QUIET = ("evidence=none", "align=none", "evaluation=none", "logger=none")
+
+
+def rotrl(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rotrl", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+def custom(**experts: Path) -> list[str]:
+    given = ", ".join(f"{name}: {path}" for name, path in experts.items())
+    return ["models=custom", f"models.base={zoo_path('base')}", f"models.experts={{{given}}}", *QUIET]
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The line of a run that must be refused and must leave nothing behind."""
+    before = sorted(folder.rglob("*"))
+    done = rotrl(folder, *arguments)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert sorted(folder.rglob("*")) == before
+    return lines[0]
+
+
+def test_help_names_groups_and_examples(tmp_path: Path) -> None:
+    done = rotrl(tmp_path, "--help")
+    assert done.returncode == 0
+    for text in ("python -m rotrl plan_only=true", "merge: ", "experiment: ", "merge_scale: 1.0"):
+        assert text in done.stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = """
+import sys
+import rotrl.__main__ as program
+sys.argv = ["rotrl", "--help"]
+try:
+    program.main()
+except SystemExit:
+    print("LOADED", sorted({"torch", "transformers", "vllm", "wandb", "matplotlib", "scipy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("LOADED []"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["merge_scael=1"], ["merge_scael", "merge_scale"]),
+        (["merge=tyes"], ["tyes", "ties"]),
+        (["merge=ties", "merge.denisty=0.3"], ["merge.denisty", "density"]),
+        ([*QUIET, "merge=ties", "merge.density=30"], ["density", "30"]),
+        ([*QUIET, "merge=ties", "+merge.denisty=0.3"], ["denisty", "density"]),
+        ([*QUIET, "merge=learned"], ["learned", "align"]),
+        ([*QUIET, "merge=ties", "models.base=/absent/model"], ["base", "/absent/model"]),
+        (["models=custom"], ["models.base"]),
+        (["evaluation=custom", "evaluation.path=/absent.jsonl"], ["/absent.jsonl"]),
+        (["verify=/absent"], ["/absent"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    line = refused(tmp_path, *arguments)
+    assert all(word in line for word in words), line
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    shutil.copytree(zoo_path("math"), tmp_path / "math")
+    weights = tmp_path / "math/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert str(weights) in refused(tmp_path, *custom(math=tmp_path / "math"), "merge=linear")
+
+
+def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:
+    shutil.copytree(zoo_path("math"), tmp_path / "wide")
+    weights = tmp_path / "wide/model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.zeros(8, tensors[name].shape[1])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    line = refused(tmp_path, *custom(wide=tmp_path / "wide"), "merge=linear")
+    assert name in line
+    assert "wide" in line
+
+
+def test_a_real_experiment_without_its_models_says_how_to_give_them(tmp_path: Path) -> None:
+    line = refused(tmp_path, "+experiment=merge_justrl_archer")
+    assert "hbx/JustRL-DeepSeek-1.5B" in line
+    assert "models.root=DIR" in line
+
+
+@pytest.mark.parametrize("experiment", ["align_deepscaler_deepcoder", "merge_justrl_archer", "rotation_evidence"])
+def test_a_plan_needs_no_models_and_touches_nothing(tmp_path: Path, experiment: str) -> None:
+    done = rotrl(tmp_path, f"+experiment={experiment}", "plan_only=true")
+    assert done.returncode == 0, done.stderr
+    assert "not here yet" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_of_the_demo_shows_what_it_would_take(tmp_path: Path) -> None:
+    done = rotrl(tmp_path, "plan_only=true")
+    assert done.returncode == 0, done.stderr
+    for text in ("tiny_math", "smallest visible", "learned", "geometry", "GB free"):
+        assert text in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_merge_is_written_verified_and_not_made_twice(tmp_path: Path) -> None:
+    arguments = [*QUIET, "merge=task_arithmetic", "merge_scale=0.7", "output=out/merged", "run_dir=out/run"]
+    first = rotrl(tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    weights = {name: load_file(zoo_path(name) / "model.safetensors") for name in ("base", "math", "code")}
+    merged = load_file(tmp_path / "out/merged/model.safetensors")
+    for name, base in weights["base"].items():
+        expected = base + 0.7 * (weights["math"][name] - base + weights["code"][name] - base)
+        torch.testing.assert_close(merged[name], expected)
+    assert rotrl(tmp_path, "verify=out/merged").returncode == 0
+    written = (tmp_path / "out/merged/model.safetensors").stat().st_mtime_ns
+    second = rotrl(tmp_path, *arguments)
+    assert "done before" in second.stdout
+    assert (tmp_path / "out/merged/model.safetensors").stat().st_mtime_ns == written
+    record = json.loads((tmp_path / "out/run/record.json").read_text())
+    assert record["status"] == "done"
+    assert record["merges"]["task_arithmetic"]["effective_coefficient"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_a_folder_that_holds_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    arguments = [*QUIET, "merge=linear", "run_dir=run"]
+    assert rotrl(tmp_path, *arguments).returncode == 0
+    assert "seed" in refused(tmp_path, *arguments, "seed=1")
+
+
+def test_a_failed_job_leaves_the_others_running(tmp_path: Path) -> None:
+    done = rotrl(tmp_path, "-m", *QUIET, "merge=linear,learned,ties")
+    assert done.returncode == 2
+    assert "learned" in done.stderr.strip().splitlines()[-1]
+    statuses = [json.loads(p.read_text())["status"] for p in sorted((tmp_path / "multirun/demo").glob("*/record.json"))]
+    assert statuses == ["done", "done"]
+    assert "ties" in done.stdout
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    assert rotrl(tmp_path, *QUIET, "merge=linear", "output=merged").returncode == 0
+    weights = tmp_path / "merged/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 1
+    weights.write_bytes(content)
+    done = rotrl(tmp_path, "verify=merged")
+    assert done.returncode == 2
+    assert "model.safetensors" in done.stderr
+
+
+def test_doctor_says_which_sandbox_holds(tmp_path: Path) -> None:
+    done = rotrl(tmp_path, "doctor=true")
+    assert done.returncode == 0, done.stderr
+    assert "landlock" in done.stdout
