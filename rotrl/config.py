@@ -25,7 +25,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     job: Any = None  # a stand-alone `_target_` (build_zoo) in place of the stages
-    merge_scale: float = 1.0
+    merge_scale: Any = 1.0  # a number, or a rule: mean, norm, sum, retention
     dtype: str = "auto"
     output: str | None = None
     run_dir: str | None = None

@@ -8,6 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from rotrl import config
+from rotrl.errors import ConfigError
+from rotrl.merge.method import bind
 
 CONF = Path(config.config_dir())
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -62,6 +64,19 @@ def test_merge_scale_is_the_lambda_of_every_task_vector_method() -> None:
     assert suite["ties"]["scale"] == 0.3
 
 
+def test_merge_scale_may_be_a_rule_and_a_method_may_lie_under_another() -> None:
+    merge = resolved("merge=svc", "merge@merge.of=ties", "merge_scale=norm")["merge"]
+    assert merge["of"]["scale"] == "norm"
+    assert bind(merge, ["math", "code"]).of is not None
+    with pytest.raises(ConfigError, match=r"merge\.of\.scale is 'large', a number or one of mean, norm"):
+        bind(resolved("merge=svc", "merge@merge.of=ties", "merge_scale=large")["merge"], ["math", "code"])
+
+
+def test_parameters_per_layer() -> None:
+    merge = resolved("merge=ties", "merge.per_layer={density: [0.1, 0.5], scale: {q: 0.7, norm: mean}}")["merge"]
+    assert bind(merge, ["math", "code"]).per_layer == {"density": [0.1, 0.5], "scale": {"q": 0.7, "norm": "mean"}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -70,7 +85,6 @@ def test_merge_scale_is_the_lambda_of_every_task_vector_method() -> None:
         (["merge_scael=1"], "unknown key 'merge_scael', did you mean 'merge_scale'?; one of: "),
         (["merge.ties.densty=1"], "unknown key 'merge.ties.densty', did you mean 'density'?; one of: "),
         (["+experiment=align_deepscaler"], "unknown experiment 'align_deepscaler', did you mean 'align_deepscaler_"),
-        (["merge_scale=large"], "merge_scale"),
     ],
 )
 def test_a_wrong_word_is_one_line_that_names_the_right_one(overrides: list[str], line: str) -> None:

@@ -31,7 +31,7 @@ NUMBERS = 1  # raised whenever the same configuration gives other numbers than b
 def plan_merge(
     base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, *, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What a merge will touch, from headers alone: tensors by role, bytes and peak memory at most, warnings."""
+    """What a merge will do, from headers: tensors by role, bytes, scale (None: ignored), passes, peak memory, warnings."""
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
     sizes = {name: math.prod(info.shape) for name, info in base.tensors.items()}
@@ -51,6 +51,8 @@ def plan_merge(
         "parameters": sum(sizes.values()),
         "bytes": sum(sizes.values()) * widest.itemsize,
         "dtype": dtype,
+        "scale": method.scale,
+        "passes": method.passes,
         "peak_bytes": max(sizes.values()) * 4 * (2 * len(experts) + 4),
         "warnings": warnings,
     }

@@ -47,12 +47,22 @@ class Method:
     def needs_source(self) -> bool:
         return "source" in self._parameters
 
+    @property
+    def scale(self) -> float | str | None:
+        """The method's lambda or rule for it, None where it has none."""
+        return self.of.scale if self.of else self.hyper.get("scale")
+
     def statistics(self) -> Statistics | None:
         """Empty statistics of the whole model for the engine to fill, None where the method needs none."""
         hint = get_type_hints(self.function).get("statistics")
         if hint is None:
             return None
         return next(kind for kind in (*get_args(hint), hint) if hasattr(kind, "needed")).needed(self.hyper)
+
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: once, and once more for each method in the stack that needs statistics."""
+        return (self.of.passes if self.of else 1) + (self.statistics() is not None)
 
     def acts_on(self, role: Role, dims: int) -> bool:
         """Whether the function merges this tensor; the linear rule does otherwise."""

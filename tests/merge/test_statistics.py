@@ -6,7 +6,7 @@ import torch
 
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import ConfigError
-from rotrl.merge.engine import merge, merge_state
+from rotrl.merge.engine import merge, merge_state, plan_merge
 from rotrl.merge.sparse import trim
 from rotrl.merge.statistics import Magnitudes, Overlap
 
@@ -72,6 +72,14 @@ def test_first_pass_only_where_it_is_needed_and_not_for_a_reused_merge(trio, met
         reads.clear()
         merge(*trio, method(name), tmp_path / name)
         assert not reads
+
+
+def test_the_plan_tells_scale_and_passes(trio, method, shipped):
+    plans = {name: plan_merge(*trio, method(name)) for name in ("ties", "ram_plus", "slerp", "svc")}
+    assert {name: plan["scale"] for name, plan in plans.items()} == {"ties": 1, "ram_plus": 1, "slerp": None, "svc": 1}
+    assert {name: plan["passes"] for name, plan in plans.items()} == {"ties": 1, "ram_plus": 2, "slerp": 1, "svc": 1}
+    under = plan_merge(*trio, method("svc", of=shipped("ram_plus", scale="norm")))
+    assert (under["scale"], under["passes"]) == ("norm", 2)
 
 
 def test_parameters(method):
