@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,25 +54,17 @@ def build(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = read(folder) or {"checkpoints": {}}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are so small that a second thread costs more than it brings
-    bars = Bars(*columns()) if progress is None else nullcontext()
-    quiet(True)
-    try:
-        with bars:
-            show = progress or Show(bars)
-            for name in ["base", *(n for n in stages if n != "base")]:
-                recipe = {**stages[name], "seed": seed, "problems": problems, "samples_measured": samples}
-                if name != "base":
-                    recipe["base"] = manifest["checkpoints"]["base"]["files"]["model.safetensors"]
-                known = manifest["checkpoints"].get(name, {})
-                if known.get("recipe") == recipe and known["files"] == hashes(folder / name):
-                    continue
-                manifest["checkpoints"][name] = make(folder, name, recipe, stages[name], save_every, show)
-                write(folder, manifest)
-    finally:
-        quiet(False)
-        torch.set_num_threads(threads)
+    with calm(), Bars(*columns()) if progress is None else nullcontext() as bars:
+        show = progress or Show(bars)
+        for name in ["base", *(n for n in stages if n != "base")]:
+            recipe = {**stages[name], "seed": seed, "problems": problems, "samples_measured": samples}
+            if name != "base":
+                recipe["base"] = manifest["checkpoints"]["base"]["files"]["model.safetensors"]
+            known = manifest["checkpoints"].get(name, {})
+            if known.get("recipe") == recipe and known["files"] == hashes(folder / name):
+                continue
+            manifest["checkpoints"][name] = make(folder, name, recipe, stages[name], save_every, show)
+            write(folder, manifest)
     return manifest
 
 
@@ -98,7 +91,7 @@ def make(
     scores = {f: accuracy(model, tokenizer, t, samples=recipe["samples_measured"]) for f, t in tasks.items()}
     staging = state.parent / f"{name}-{key}.partial"
     model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    make_tokenizer().save_pretrained(staging)  # a used one would save the padding of its last call
     for file in staging.iterdir():
         file.chmod(0o644)
     shutil.rmtree(folder / name, ignore_errors=True)
@@ -142,12 +135,23 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
     os.replace(partial, folder / MANIFEST)
 
 
-def quiet(on: bool) -> None:
-    """The bars say it all; the libraries' own bars would tear them apart."""
-    (logging.disable_progress_bar if on else logging.enable_progress_bar)()
+@contextmanager
+def calm() -> Iterator[None]:
+    """One thread, for the matrices are so small that a second one costs more than it brings; no bars but our own."""
     from datasets.utils import logging as datasets_logging
 
-    (datasets_logging.disable_progress_bar if on else datasets_logging.enable_progress_bar)()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # it is not used here
+            yield
+    finally:
+        datasets_logging.enable_progress_bar()
+        logging.enable_progress_bar()
+        torch.set_num_threads(threads)
 
 
 def columns() -> list[Any]:

@@ -77,10 +77,10 @@ def test_reward_rises_from_the_packaged_base(tmp_path):
     recipe = entry["recipe"]
     common = {k: recipe[k] for k in ("seed", "problems")} | {"samples": recipe["samples_measured"]}
     base = {k: v for k, v in recipe.items() if k not in ("seed", "problems", "samples_measured")}
-    stage = {"method": "grpo", "families": ["code"], "steps": 16, "prompts": 12, "samples": 8, "rate": 1e-3}
+    stage = {"method": "grpo", "families": ["code"], "steps": 24, "prompts": 12, "samples": 8, "rate": 7e-4}
     made = build(tmp_path, stages={"base": base, "code": stage}, **common, progress=silent)["checkpoints"]
     curve = made["code"]["curve"]["reward"]
-    assert sum(curve[-4:]) > sum(curve[:4]) + 0.5
+    assert sum(curve[-8:]) / 8 > sum(curve[:8]) / 8 + 0.1
     assert made["code"]["accuracy"]["code"]["accuracy"] > entry["accuracy"]["code"]["accuracy"] + 0.1
 
 

@@ -2,8 +2,11 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -13,6 +16,7 @@ from rotrl.zoo.build import MANIFEST, hashes
 from rotrl.zoo.model import make_tokenizer
 
 NAMES = ("base", "math", "code", "math_sft", "code_sft")
+EXPERIMENT = Path(__file__).parents[2] / "conf" / "experiment" / "build_zoo.yaml"
 MATRIX = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
 
 
@@ -43,6 +47,8 @@ def test_experts_differ_from_their_base_in_the_matrices_alone(manifest, base, na
 @pytest.mark.parametrize("name", NAMES)
 def test_tokenizers_are_the_current_one(name):
     assert AutoTokenizer.from_pretrained(zoo_path(name)).get_vocab() == make_tokenizer().get_vocab()
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        assert (zoo_path(name) / file).read_bytes() == (zoo_path("base") / file).read_bytes()
 
 
 def test_recorded_accuracies_show_what_the_pair_is_for(manifest):
@@ -56,6 +62,13 @@ def test_recorded_accuracies_show_what_the_pair_is_for(manifest):
     assert score("math_sft", "math") >= 0.85
     assert score("code_sft", "code") >= 0.95
     assert all(0 < e["accuracy"][t]["standard_error"] < 0.03 for e in manifest.values() for t in ("math", "code"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_experiment_holds_the_recipe_of_what_ships(manifest, name):
+    job: Any = OmegaConf.to_container(OmegaConf.load(EXPERIMENT).job)
+    measured = {"seed": job["seed"], "problems": job["problems"], "samples_measured": job["samples"]}
+    assert {k: v for k, v in manifest[name]["recipe"].items() if k != "base"} == job["stages"][name] | measured
 
 
 def test_unknown_name_lists_the_others():

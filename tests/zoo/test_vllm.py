@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -20,7 +21,7 @@ def through_vllm(folder, prompts, symbols):
     llm = LLM(folder, dtype="float32", max_model_len=128, enforce_eager=True)
     tokenizer = llm.get_tokenizer()
     back = [tokenizer.decode(tokenizer.encode(s)) for s in symbols]
-    talks = [[{"role": "user", "content": p}] for p in prompts]
+    talks: Any = [[{"role": "user", "content": p}] for p in prompts]
     outputs = llm.chat(talks, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     return back, [(list(o.prompt_token_ids or ()), o.outputs[0].text, list(o.outputs[0].token_ids)) for o in outputs]
 
