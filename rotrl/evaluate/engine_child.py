@@ -111,7 +111,7 @@ def _add(engine: Any, connection: Connection, sampling: dict[str, Any], requests
         try:
             engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, parameters)
             queued += 1
-        except ValueError as error:
+        except Exception as error:  # vLLM has several kinds of refusal, and they concern this prompt alone
             connection.send(("done", [(index, [], str(error), "failed")]))
     return queued
 

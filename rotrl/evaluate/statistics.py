@@ -151,8 +151,8 @@ def retention(
     triples = _clean([np.stack([m, b, e], axis=-1) for m, b, e in zip(merge, base, expert, strict=True)])
     draws = np.sum([_draws(len(t), resamples, seed + i) @ t for i, t in enumerate(triples)], axis=0)
     m, b, e = np.sum([t.mean(axis=0) for t in triples], axis=0)
-    ratios = (draws[:, 0] - draws[:, 1]) / (draws[:, 2] - draws[:, 1])
-    ratios = ratios[np.isfinite(ratios)]
+    drawn = draws[draws[:, 2] != draws[:, 1]]
+    ratios = (drawn[:, 0] - drawn[:, 1]) / (drawn[:, 2] - drawn[:, 1])
     return Interval(float((m - b) / (e - b)), *_percentiles(ratios, level, min(map(len, triples))))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rotrl.errors import EvaluationError
 
 Row = dict[str, Any]
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _HEAD, _SUM = len('{"crc32":"'), len('{"crc32":"00000000",')
 
 
@@ -85,7 +86,7 @@ class Store:
 
 def encode(key: str, row: Row) -> bytes:
     """`{"crc32":"1234abcd","key":...,"row":...}`; the checksum is that of the bytes after it."""
-    body = json.dumps({"key": key, "row": row}, separators=(",", ":"))[1:].encode()
+    body = _ENCODER.encode({"key": key, "row": row})[1:].encode()
     return b'{"crc32":"%08x",%b\n' % (zlib.crc32(body), body)
 
 

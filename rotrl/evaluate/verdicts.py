@@ -49,7 +49,7 @@ class Verdicts:
     def _key(self, task: Task, problem: Problem, completion: str) -> str:
         place = (task.name, problem.id)
         if place not in self._problems:
-            content = json.dumps([task.grader, asdict(problem)], sort_keys=True, default=repr).encode()
+            content = json.dumps([task.grader, vars(problem)], sort_keys=True, default=vars).encode()
             self._problems[place] = hashlib.sha256(self._common + content).digest()
         return hashlib.sha256(self._problems[place] + completion.encode(errors="surrogatepass")).hexdigest()[:32]
 
