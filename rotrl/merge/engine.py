@@ -31,7 +31,7 @@ NUMBERS = 1  # raised whenever the same configuration gives other numbers than b
 def plan_merge(
     base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, *, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What a merge will do, from headers: tensors by role, bytes, scale (None: ignored), passes, peak memory, warnings."""
+    """What a merge will do, by headers: tensors by role, bytes, scale (None without), passes, peak memory, warnings."""
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
     sizes = {name: math.prod(info.shape) for name, info in base.tensors.items()}

@@ -16,13 +16,9 @@ def linear(
 
     The mean is taken of the task vectors, which is the same number with fewer digits lost.
     """
-    w = weights or [1.0] * len(experts)
     if not normalize:
-        return weighted_sum(experts, w)
-    total = sum(w)
-    if abs(total) < 1e-12 * max(map(abs, w)):
-        raise ConfigError("merge.weights sum to 0, which can't be normalised; give others or merge.normalize=false")
-    return base + weighted_sum([expert - base for expert in experts], [x / total for x in w])
+        return weighted_sum(experts, weights)
+    return base + weighted_sum([expert - base for expert in experts], shares(weights, len(experts)))
 
 
 def task_arithmetic(
@@ -67,3 +63,12 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = No
     for tensor, weight in zip(tensors, weights or [1.0] * len(tensors), strict=True):
         total = total.add(tensor, alpha=weight)
     return total
+
+
+def shares(weights: Sequence[float] | None, count: int, *, positive: bool = False) -> list[float]:
+    """Weights (1 by default) over their sum; ConfigError where that is 0, or not above 0 if it must be `positive`."""
+    w = list(weights or [1.0] * count)
+    total = sum(w)
+    if (total if positive else abs(total)) <= 1e-12 * max(map(abs, w)):
+        raise ConfigError(f"merge.weights sum to {total:g}, which can't be normalised; give others")
+    return [x / total for x in w]

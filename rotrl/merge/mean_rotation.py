@@ -8,10 +8,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from rotrl.errors import ConfigError, NumericsError
+from rotrl.errors import NumericsError
 from rotrl.linalg.procrustes import polar, procrustes
 from rotrl.linalg.rotation import exp, geodesic, log
-from rotrl.merge.linear import weighted_sum
+from rotrl.merge.linear import shares, weighted_sum
 from rotrl.merge.rotation import lie_sum, on_the_right
 from rotrl.merge.types import Matrix, NonNegative, Side, Within
 
@@ -29,7 +29,7 @@ def lie_mean(
     anchor: NonNegative = 0.01,
 ) -> Tensor:
     """Mean in the Lie algebra: `W0 exp(scale mean log R_k) + scale residual_scale mean E_k`."""
-    mean = _shares(experts, weights)
+    mean = shares(weights, len(experts), positive=True)
     return lie_sum(base, experts, scale=scale, residual_scale=residual_scale, weights=mean, side=side, anchor=anchor)
 
 
@@ -51,10 +51,10 @@ def karcher_rotation(
     `tol`. NumericsError where it is not within `max_iter` steps.
     """
 
-    def mean(rotations: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-        r = polar(weighted_sum(rotations, shares))
+    def mean(rotations: Sequence[Tensor], w: Sequence[float]) -> Tensor:
+        r = polar(weighted_sum(rotations, w))
         for _ in range(max_iter):
-            step = weighted_sum([log(r.mT @ other) for other in rotations], shares)
+            step = weighted_sum([log(r.mT @ other) for other in rotations], w)
             r = r @ exp(step)
             if step.norm() < tol:
                 return r
@@ -78,8 +78,8 @@ def chordal(
     The residuals' mean is multiplied by `residual_scale` too.
     """
 
-    def mean(rotations: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-        return polar(weighted_sum(rotations, shares))
+    def mean(rotations: Sequence[Tensor], w: Sequence[float]) -> Tensor:
+        return polar(weighted_sum(rotations, w))
 
     return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor)
 
@@ -94,20 +94,13 @@ def _averaged(
     side: Side,
     anchor: float,
 ) -> Tensor:
-    shares = _shares(experts, weights)
+    w = shares(weights, len(experts), positive=True)
 
     def rotate(w0: Tensor, *ws: Tensor) -> list[Tensor]:
         rotations = [procrustes(w0, w, side="right", anchor=anchor) for w in ws]
-        whole = mean(rotations, shares)
+        whole = mean(rotations, w)
         return [w0 @ (whole if scale == 1 else geodesic(whole, scale)), *(w0 @ r for r in rotations)]
 
     turned, *explained = on_the_right(rotate, [base, *experts], side)
     rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
-    return (turned + scale * residual_scale * weighted_sum(rest, shares)).to(base)
-
-
-def _shares(experts: Sequence[Tensor], weights: Weights) -> list[float]:
-    given = list(weights or [1.0] * len(experts))
-    if sum(given) <= 0:
-        raise ConfigError(f"merge.weights sum to {sum(given):g}, a mean needs a sum above 0; give others")
-    return [w / sum(given) for w in given]
+    return (turned + scale * residual_scale * weighted_sum(rest, w)).to(base)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rotrl.errors import NumericsError
+from rotrl.errors import ConfigError, NumericsError
 
 RULES = ("mean", "norm", "sum", "retention")
 
@@ -21,7 +21,10 @@ def at_scale(function: Callable[..., Tensor], base: Tensor, experts: Sequence[Te
     if not isinstance(rule, str):
         return function(base, experts, **hyper)
     if rule == "mean":
-        return function(base, experts, **hyper | {"scale": 1 / sum(hyper.get("weights") or [1.0] * len(experts))})
+        total = sum(hyper.get("weights") or [1.0] * len(experts))
+        if not total:
+            raise ConfigError("merge.weights sum to 0, by which merge.scale=mean divides; give others or a number")
+        return function(base, experts, **hyper | {"scale": 1 / total})
     merged = function(base, experts, **hyper | {"scale": 1.0})
     if rule == "sum":
         return merged

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rotrl.errors import ConfigError, NumericsError
+from rotrl.errors import NumericsError
+from rotrl.merge.linear import shares
 from rotrl.merge.types import Pair, Within
 
 OPPOSITE = 1e-6
@@ -49,8 +50,7 @@ def nuslerp(
     a is the angle of the two task vectors (or of the two models, `vectors=model`, then d(t) is their arc less W0),
     taken whole or by rows or columns of a matrix. The chord where one is zero or both are opposite.
     """
-    w = weights or (1.0, 1.0)
-    t = w[1] / _positive(sum(w))
+    t = shares(weights, 2, positive=True)[1]
     origin = base if vectors == "task" else torch.zeros_like(base)
     pair = [_rows((expert - origin).double(), axis) for expert in experts]
     units = [x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) for x in pair]
@@ -110,16 +110,10 @@ def karcher(
 def _directions(vectors: Sequence[Tensor], weights: Sequence[float] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised weights (T), lengths (T) and unit vectors (T, ...) in float64; a zero vector has no direction."""
     x = torch.stack(list(vectors)).double()
-    w = torch.tensor(weights or [1.0] * len(vectors), dtype=x.dtype, device=x.device)
+    w = torch.tensor(shares(weights, len(vectors), positive=True), dtype=x.dtype, device=x.device)
     lengths = x.flatten(1).norm(dim=1)
     units = x / lengths.clamp(min=torch.finfo(x.dtype).tiny).reshape(-1, *[1] * (x.ndim - 1))
-    return w / _positive(float(w.sum())), lengths, units
-
-
-def _positive(total: float) -> float:
-    if total <= 0:
-        raise ConfigError(f"merge.weights sum to {total:g}, a sum above 0 is needed on the sphere; give others")
-    return total
+    return w, lengths, units
 
 
 def _unit(x: Tensor) -> Tensor:

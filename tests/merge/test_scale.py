@@ -49,6 +49,12 @@ def test_mean_divides_by_the_weights(models):
     np.testing.assert_allclose(merged(task_arithmetic, "mean", base, experts, weights=[1.0, 3.0]), expected)
 
 
+def test_weights_that_cancel_have_no_mean(models):
+    base, experts = models(count=2)
+    with pytest.raises(ConfigError, match=r"merge\.weights sum to 0"):
+        merged(task_arithmetic, "mean", base, experts, weights=[1.0, -1.0])
+
+
 def test_equal_experts_give_that_expert_by_every_rule_but_the_sum(models):
     base, experts = models(count=1)
     for rule in ("mean", "norm", "retention"):
