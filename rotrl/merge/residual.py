@@ -59,15 +59,20 @@ def wudi(
     vectors = [expert - base for expert in experts]
     d = weighted_sum(vectors)
     rows = torch.cat([x / x.norm().clamp(min=torch.finfo(x.dtype).tiny) for x in vectors])
-    target = weighted_sum([(x @ part.mT) @ part for x, part in zip(vectors, rows.split(len(base)), strict=True)])
+    target = weighted_sum([_gram(x, part) for x, part in zip(vectors, rows.split(len(base)), strict=True)])
     gram = rows.mT @ rows if rows.shape[1] <= 2 * len(rows) else None
     first, second = torch.zeros_like(d), torch.zeros_like(d)
     for step in range(1, iters + 1):
-        gradient = 2 * ((d @ gram if gram is not None else (d @ rows.mT) @ rows) - target)
+        gradient = 2 * ((d @ gram if gram is not None else _gram(d, rows)) - target)
         first = first.lerp(gradient, 0.1)
         second = second.lerp(gradient.square(), 0.001)
         d = d - lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
     return base + scale * d
+
+
+def _gram(x: Tensor, rows: Tensor) -> Tensor:
+    """`x rows^T rows` by the smaller product."""
+    return x @ (rows.mT @ rows) if len(rows) > rows.shape[1] else (x @ rows.mT) @ rows
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-KEPT_BITS = 11
+DROPPED_BITS = 11  # of 31: 8 of the exponent and 12 of the mantissa stay
+CHUNK = 1 << 22
 
 
 class Statistics(Protocol):
@@ -34,11 +35,12 @@ class Magnitudes:
         return cls() if hyper.get("threshold") == "model" else None
 
     def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        self.counts = self.counts or [torch.zeros(1 << (31 - KEPT_BITS), dtype=torch.int64) for _ in experts]
+        self.counts = self.counts or [torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64) for _ in experts]
         for count, expert in zip(self.counts, experts, strict=True):
-            # The bits of a positive float are ordered as the float is: their head is a bin of its logarithm.
-            bins = ((expert - base).float().abs().flatten().cpu().view(torch.int32) >> KEPT_BITS).long()
-            count += torch.bincount(bins, minlength=len(count))
+            for part in (expert - base).float().abs().flatten().split(CHUNK):
+                # The bits of a positive float are ordered as the float is: their head is a bin of its logarithm.
+                bins = (part.cpu().view(torch.int32) >> DROPPED_BITS).long()
+                count += torch.bincount(bins, minlength=len(count))
 
     def thresholds(self, density: float) -> list[float]:
         """For each expert the magnitude that `density` of all its entries reach, rounded down to its bin (2^-12)."""
@@ -49,7 +51,7 @@ def _threshold(count: Tensor, density: float) -> float:
     keep = max(1, round(density * int(count.sum())))
     reaching = count.flip(0).cumsum(0)
     lowest = len(count) - 1 - int((reaching < keep).sum())
-    return torch.tensor(lowest << KEPT_BITS, dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(lowest << DROPPED_BITS, dtype=torch.int32).view(torch.float32).item()
 
 
 class Overlap:

@@ -1,4 +1,4 @@
-"""Every shipped method in float32 against itself in float64, on updates of the size that reinforcement learning makes."""
+"""Every shipped method in float32 against itself in float64, on updates of the size that RL makes."""
 
 from pathlib import Path
 
