@@ -61,4 +61,4 @@ def verify(folder: Path) -> None:
 def stand_alone(settings: dict[str, Any]) -> None:
     from hydra.utils import instantiate
 
-    instantiate(settings["job"])()
+    instantiate(settings["job"], _convert_="all")()

@@ -119,7 +119,7 @@ def evidence(job: Run) -> None:
 
         def measure(out: Path) -> dict[str, Any]:
             with job.bar("geometry") as progress:
-                stage = instantiate(settings["geometry"])
+                stage = instantiate(settings["geometry"], _convert_="all")
                 shared = {"references": list(models.controls), "seed": job.cfg["seed"], "progress": progress}
                 return stage(models.base, tuned, out / "evidence", **shared)
 
@@ -165,7 +165,7 @@ def align(job: Run) -> None:
 
     def fit(out: Path) -> dict[str, Any]:
         with job.bar("align") as progress:
-            stage = instantiate({key: value for key, value in settings.items() if key != "samples"})
+            stage = instantiate({key: value for key, value in settings.items() if key != "samples"}, _convert_="all")
             shared = {"rollouts": files, "trainer": job.cfg["trainer"], "seed": job.cfg["seed"], "progress": progress}
             return stage(models.base, models.experts, out, **shared)
 

@@ -1,6 +1,7 @@
 """scores.csv and comparisons.csv from the matrices of what was correct."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -106,12 +107,13 @@ def score_rows(
 
 
 def comparison_rows(scored: Mapping[str, Matrices], roles: Mapping[str, str], *, seed: int) -> list[dict[str, Any]]:
-    """Each expert against the base, each merge against the base and every expert: paired by problem, on every task and
-    on their mean. Retention stands where a merge meets an expert that gained over the base."""
+    """Each expert against the base, each merge against the base, every expert and every other merge: paired by problem,
+    on every task and on their mean. Retention stands where a merge meets an expert that gained over the base."""
     bases = [name for name in scored if roles[name] == "base"]
     experts = [name for name in scored if roles[name] == "expert"]
     pairs = [(name, base) for base in bases for name in scored if roles[name] != "base"]
     pairs += [(name, expert) for expert in experts for name in scored if roles[name] == "merge"]
+    pairs += combinations([name for name in scored if roles[name] == "merge"], 2)
     averages = {name: {task: avg_at_n(m) for task, m in matrices.items()} for name, matrices in scored.items()}
     rows = []
     for a, b in sorted(pairs, key=lambda pair: list(scored).index(pair[0])):
