@@ -83,7 +83,7 @@ class Engine:
         elif signature(model_dir) != self._loaded:
             self.facts()
             try:
-                self._send(("load", str(model_dir)))
+                self._send(("load", str(model_dir.resolve())))
                 self._receive()
                 self.model, self._loaded = model_dir, signature(model_dir)
             except _Died:
@@ -148,7 +148,7 @@ class Engine:
             )
         theirs.close()
         self.model, self._loaded, self._facts = model_dir, signature(model_dir), None
-        self._connection.send({"model": str(model_dir), "arguments": self._arguments})
+        self._connection.send({"model": str(model_dir.resolve()), "arguments": self._arguments})
 
     @staticmethod
     def _command() -> list[str]:
@@ -236,6 +236,7 @@ def child_environment(threads: int | None = None) -> dict[str, str]:
     package = str(Path(__file__).resolve().parents[2])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))
     kept |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
+    kept["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     if threads is not None:
         kept |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return kept

@@ -6,21 +6,32 @@ from typing import Any
 
 from rotrl.errors import EvaluationError
 
-IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
 def context_length(model_dir: Path) -> int:
     """The most positions that a model has, from its config.json."""
-    return int(_config(model_dir)["max_position_embeddings"])
+    config = _config(model_dir)
+    if "max_position_embeddings" not in config:
+        raise EvaluationError(f"{model_dir}/config.json: max_position_embeddings is missing; add the model's context")
+    return int(config["max_position_embeddings"])
 
 
 def same_architecture(a: Path, b: Path) -> bool:
     """Whether the weights of one can stand in an engine that was started with the other."""
-    return a == b or _architecture(a) == _architecture(b)
+    return Path(a) == Path(b) or _architecture(a) == _architecture(b)
 
 
 def _architecture(model_dir: Path) -> dict[str, Any]:
-    return {key: value for key, value in _config(model_dir).items() if key not in IGNORED}
+    """The configuration with its defaults filled in, so that two versions of transformers write the same."""
+    config = _config(model_dir)
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True).to_dict()
+    except ValueError:  # a type that transformers does not know: compared as it is written
+        pass
+    return {key: value for key, value in config.items() if key not in IGNORED and not key.startswith("_")}
 
 
 def _config(model_dir: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rotrl.errors import EvaluationError
+from rotrl.evaluate.folder import context_length, same_architecture
 from rotrl.evaluate.prompts import check_models, combined_sha256, engine_length, load_tokenizer, needed_length, render
 from rotrl.evaluate.task import Problem, Task
 from rotrl.zoo import zoo_path
@@ -111,6 +112,29 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_would(model):
     endless = Task("endless", (Problem("p", "math:" + "1+" * 200, answer="1"),), "math")
     with pytest.raises(EvaluationError, match="leave the problem out"):
         needed_length(render(base, [endless], protocol={}), 1, {"base": base})
+
+
+def test_an_architecture_is_the_same_however_it_is_written(model):
+    base, other = model("base"), model("other")
+    config = json.loads((base / "config.json").read_text())
+    shorter = {key: value for key, value in config.items() if key not in ("layer_types", "attention_dropout", "dtype")}
+    (other / "config.json").write_text(
+        json.dumps(shorter | {"transformers_version": "4.40.0", "torch_dtype": "bfloat16"})
+    )
+    assert same_architecture(base, other)
+    for change in ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, {"tie_word_embeddings": False}):
+        (other / "config.json").write_text(json.dumps(config | change))
+        assert not same_architecture(base, other)
+
+
+def test_a_folder_without_a_context_is_refused(model):
+    base = model("base")
+    (base / "config.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="max_position_embeddings is missing"):
+        context_length(base)
+    (base / "config.json").unlink()
+    with pytest.raises(EvaluationError, match=r"config.json: can't be read"):
+        context_length(base)
 
 
 def test_the_engine_gets_room_for_the_next_stage_but_no_more_than_the_context(model):
