@@ -11,7 +11,7 @@ from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations
 from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
-from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet
+from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet, threads_for
 from rotrl.checkpoint.reader import Checkpoint
 
 
@@ -47,7 +47,7 @@ def procrustes(
     before = after = {}
     if rollouts:
         everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
-        with quiet():
+        with quiet(), threads_for(problem.matrices):
             engine = make_trainer(trainer, out)
             module = LogitAlignment(
                 Rotations(problem.matrices, side=side),

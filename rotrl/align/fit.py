@@ -14,7 +14,7 @@ from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations
 from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
-from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_trainer, measure, quiet
+from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_trainer, measure, quiet, threads_for
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError, ConfigError
@@ -38,13 +38,13 @@ def stiefel(
     init: str = "identity",
     anchor: float = 0.01,
     steps: int = 120,
-    lr: float = 1e-3,
+    lr: float = 5e-3,
     warmup: int = 5,
-    batch: int = 64,
+    batch: int = 32,
     prompts: int | None = None,
     max_tokens: int | None = None,
     heldout: float = 0.1,
-    angle_prior: float = 0.0,
+    angle_prior: float = 3e-3,
     checkpoint_every: int = 20,
 ) -> dict[str, Any]:
     """Rotates every linear map of the source so that the model speaks like the teachers, each on its own samples.
@@ -68,7 +68,7 @@ def stiefel(
     identity = identify(asked, models)
     resume = resumable(out / CHECKPOINT, identity)
     learn, kept = split(everything, seed=seed, heldout=heldout, prompts=prompts)
-    with quiet():
+    with quiet(), threads_for(problem.matrices):
         engine = make_trainer(trainer, out, steps=steps, checkpoint_every=checkpoint_every, progress=progress)
         closed = problem.closed_form(side=side, anchor=anchor, device=engine.strategy.root_device)
         module = LogitAlignment(
