@@ -1,4 +1,4 @@
-"""A stage runs once per content, continues in its folder after an interruption, and leaves its files in the run folder."""
+"""A stage runs once per content, continues after an interruption, and leaves its files in the run folder."""
 
 from pathlib import Path
 
