@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rotrl.errors import EvaluationError
-from rotrl.evaluate.folder import context_length, same_architecture, signature
+from rotrl.evaluate.folder import context_length, hidden_size, same_architecture, signature
 from rotrl.evaluate.sampling import Completion, Request, Sampling
 
 MAX_RESTARTS = 16
 SHRINK = 8  # requests in flight after each death: a killer among 512 is alone after three more
+NARROW = 512  # below it a matrix is too small to share: two threads wait for each other, and for the graders
 ENVIRONMENT = ("PATH", "HOME", "USER", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 PREFIXES = ("LC_", "XDG_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "VLLM_", "TORCH", "TRITON_", "OMP_", "MKL_", "KMP_")
 SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
@@ -33,14 +34,14 @@ SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 class Engine:
     """One vLLM engine in a spawned child, started in the background.
 
-    `settings`: keywords of vLLM's LLM, and `threads` (of a CPU engine, null: all cores), `log` (a file for what vLLM
-    prints). `max_model_len` is by default the context of the model.
+    `settings`: keywords of vLLM's LLM, and `threads` (of a CPU engine; null: all cores, for a narrow model one), `log`
+    (a file for what vLLM prints). `max_model_len` is by default the context of the model.
     """
 
     def __init__(self, model_dir: Path, *, settings: Mapping[str, Any]) -> None:
         self.settings = _chosen(settings)
         self._arguments = {key: value for key, value in settings.items() if value is not None}
-        self._threads = self._arguments.pop("threads", None)
+        self._threads = self._arguments.pop("threads", 1 if hidden_size(model_dir) < NARROW else None)
         log = self._arguments.pop("log", None)
         self.log = Path(log or tempfile.mkstemp(prefix="rotrl-engine-", suffix=".log")[1])
         self._arguments["max_model_len"] = self._arguments.get("max_model_len") or context_length(model_dir)

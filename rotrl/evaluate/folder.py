@@ -17,6 +17,10 @@ def context_length(model_dir: Path) -> int:
     return int(config["max_position_embeddings"])
 
 
+def hidden_size(model_dir: Path) -> int:
+    return int(_config(model_dir).get("hidden_size", 0))
+
+
 def same_architecture(a: Path, b: Path) -> bool:
     """Whether the weights of one can stand in an engine that was started with the other."""
     return Path(a) == Path(b) or _architecture(a) == _architecture(b)
