@@ -3,7 +3,7 @@
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,8 +11,7 @@ from rotrl.errors import ConfigError
 
 
 def main(cfg: DictConfig) -> None:
-    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(settings, dict)
+    settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     if settings["verify"]:
         return verify(Path(settings["verify"]))
     if settings["doctor"]:

@@ -82,16 +82,15 @@ def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any
     return record.data
 
 
-def settle(prepared: Prepared, folder: Path | None) -> Path:
+def settle(prepared: Prepared, given: Path | None) -> Path:
     """The run folder. A folder that the user named and that holds another run is refused, naming what differs; in a
     multirun, which numbers its folders, the older run is moved aside."""
     cfg, key = prepared.cfg, prepared.digest
-    numbered = folder is not None and cfg["run_dir"] is None
-    folder = folder or Path("outputs") / cfg["name"] / key[:12]
+    folder = given or Path("outputs") / cfg["name"] / key[:12]
     if not (folder / "record.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    old = Record(folder / "record.json").data
+    old, numbered = Record(folder / "record.json").data, given is not None and cfg["run_dir"] is None
     if cfg["overwrite"] or (numbered and old["digest"] != key):
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
         folder.mkdir(parents=True)
