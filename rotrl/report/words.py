@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rotrl.report.standings import Interval, Row, Standings, experts, number, paired, total
+from rotrl.report.standings import Interval, Row, Standings, experts, method_target, number, paired, total
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -132,5 +132,16 @@ def _rotations(table: Standings, record: Mapping[str, Any]) -> str:
         f"The best merge by rotation, {rotation.model}, differs from the best other merge, {other.model}, by "
         f"{points(difference)} points ({points_span(difference)}, {how})."
     )
-    null = "" if difference.excludes_zero else " The interval includes 0: a null result, rotations show no gain."
-    return sentence + null
+    if not difference.excludes_zero:
+        return sentence + " The interval includes 0: a null result, rotations show no gain."
+    if learned(rotation.model, record) and not learned(other.model, record):
+        return (
+            f"{sentence} {rotation.model} has learned from samples of the experts and {other.model} has not: the "
+            "difference is no evidence for rotations."
+        )
+    return sentence
+
+
+def learned(merge: str, record: Mapping[str, Any]) -> bool:
+    """Whether a merge applies what the align stage has learned from the experts' samples."""
+    return method_target(merge, record).rsplit(".", 1)[-1].startswith("learned")

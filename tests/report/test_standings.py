@@ -132,3 +132,10 @@ def test_a_record_without_scores_has_no_rows(merge_only):
     assert table.rows == ()
     assert table.best_mean is table.ceiling is None
     assert merge_words(table, record) == []
+
+
+def test_a_learned_merge_that_wins_is_not_taken_for_evidence_of_rotations(full):
+    record, _ = full
+    words = " ".join(merge_words(standings(record), record))
+    assert "The best merge by rotation, learned, differs from the best other merge, tsv_m" in words
+    assert "the difference is no evidence for rotations" in words
