@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, bind_methods, load_tasks, prepare
+from rotrl.app.prepare import Prepared, bind_methods, prepare
 from rotrl.errors import RotrlError
-from rotrl.evaluate.task import Task
 
 
 def show_plan(cfg: dict[str, Any]) -> None:
@@ -25,19 +24,20 @@ def show_plan(cfg: dict[str, Any]) -> None:
         methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)
-        _evaluation(cfg, _tasks_or_reason(cfg, console), 1 + len(cfg["models"]["experts"]) + len(methods), console)
+        _evaluation(cfg, 1 + len(cfg["models"]["experts"]) + len(methods), console)
         return
     prepared = prepare(cfg)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
     _merges(prepared, console)
-    _evaluation(cfg, prepared.tasks, 1 + len(prepared.experts) + len(prepared.methods), console)
+    _evaluation(cfg, 1 + len(prepared.experts) + len(prepared.methods), console)
 
 
 def _models(prepared: Prepared, console: Console) -> None:
-    table = Table("model", "tensors", "matrices", "GB", "dtype", "folder", title="models", title_justify="left")
     from rotrl.checkpoint.layout import role_of
 
+    table = Table("model", "tensors", "matrices", "GB", "dtype", title="models", title_justify="left")
+    table.add_column("folder", overflow="fold")
     for name, model in {"base": prepared.base, **prepared.experts, **prepared.controls}.items():
         infos = model.tensors
         size = sum(_numel(info.shape) * info.dtype.itemsize for info in infos.values())
@@ -74,13 +74,17 @@ def _align_details(align: Mapping[str, Any] | None) -> str:
 def _merges(prepared: Prepared, console: Console) -> None:
     from rotrl.merge.engine import plan_merge
 
-    warnings, total = [], 0
+    table, total, warnings = Table("merge", "scale", "reads of the inputs", "GB at most"), 0, []
     for label, method in prepared.methods.items():
-        plan = plan_merge(prepared.base, prepared.experts, method)
+        plan = plan_merge(prepared.base, prepared.experts, method, dtype=prepared.cfg["dtype"])
         total += plan["bytes"]
         warnings += [f"{label}: {text}" for text in plan["warnings"]]
+        scale = "ignores merge_scale" if plan["scale"] is None else str(plan["scale"])
+        table.add_row(label, scale, str(plan["passes"]), f"{plan['bytes'] / 1e9:.3f}")
+    if prepared.methods:
+        console.print(table)
     free = shutil.disk_usage(_existing(Path(prepared.cfg["output"] or "."))).free
-    console.print(f"  writes    {total / 1e9:.3f} GB of {free / 1e9:.0f} GB free", highlight=False)
+    console.print(f"  writes at most {total / 1e9:.3f} GB of {free / 1e9:.0f} GB free", highlight=False)
     for text in warnings:
         console.print(f"  note      {text}", highlight=False, markup=False)
 
@@ -90,30 +94,41 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def _tasks_or_reason(cfg: Mapping[str, Any], console: Console) -> list[Task]:
-    try:
-        return load_tasks(cfg)
-    except Exception as error:  # a benchmark that is not on this machine; the rest of the plan still stands
-        from rotrl import config
+def _sizes(cfg: Mapping[str, Any], console: Console) -> dict[str, int]:
+    """Problems of each task; of one that is not here, what its configuration says that it holds."""
+    from hydra.utils import instantiate
 
-        console.print(f"  tasks     {config.user_error(error, []) or error}", highlight=False, markup=False)
-        return []
+    from rotrl import config
+
+    sizes = {}
+    for name, node in cfg["evaluation"]["tasks"].items():
+        try:
+            task = instantiate(node)
+            sizes[task.name] = len(task.problems)
+        except Exception as error:
+            reason = config.user_error(error, [])
+            if reason is None:
+                raise
+            console.print(f"  not here yet: {reason}", highlight=False, markup=False)
+            counts = [count for key in ("problems", "limit") if (count := node.get(key)) is not None]
+            if counts:
+                sizes[name] = min(counts)
+    return sizes
 
 
-def _evaluation(cfg: Mapping[str, Any], tasks: list[Task], models: int, console: Console) -> None:
+def _evaluation(cfg: Mapping[str, Any], models: int, console: Console) -> None:
     """Requests, the token budget, and the smallest difference between two models that n samples can show."""
     from rotrl.evaluate.sampling import samples_per_problem
     from rotrl.evaluate.statistics import smallest_visible_difference
 
-    if not tasks:
+    if cfg["evaluation"] is None:
         return
+    console.print(f"[bold]evaluation[/bold] of {models} models; difference at power .8, paired by problem")
     protocol = cfg["protocol"]
     table = Table("task", "problems", "n", "requests", "tokens at most", "smallest visible difference")
-    for task in tasks:
-        n = samples_per_problem(protocol, task.name)
-        requests = len(task.problems) * n * models
-        visible = smallest_visible_difference(len(task.problems), n)
+    for name, problems in _sizes(cfg, console).items():
+        n = samples_per_problem(protocol, name)
+        requests, visible = problems * n * models, smallest_visible_difference(problems, n)
         tokens = f"{requests * protocol['max_tokens']:,}"
-        table.add_row(task.name, str(len(task.problems)), str(n), f"{requests:,}", tokens, f"{visible:.3f}")
-    console.print(f"[bold]evaluation[/bold] of {models} models; difference at power .8, paired by problem")
+        table.add_row(name, str(problems), str(n), f"{requests:,}", tokens, f"{visible:.3f}")
     console.print(table)

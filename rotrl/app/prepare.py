@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rotrl import config
 from rotrl.app.models import locate_all
 from rotrl.app.stage import digest, source_digest
 from rotrl.checkpoint.reader import Checkpoint, check_family, open_checkpoint
-from rotrl.errors import ConfigError
+from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
 from rotrl.merge.method import Method, bind
 
@@ -60,7 +61,7 @@ class Prepared:
 
 
 def prepare(cfg: dict[str, Any]) -> Prepared:
-    """Opens the models (headers only), binds the methods, loads the tasks. Raises the first fault of each kind."""
+    """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
     methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
     folders = locate_all(cfg["models"])
     base = open_checkpoint(folders[0])
@@ -107,9 +108,18 @@ def check_align(prepared: Prepared) -> None:
 def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
     from hydra.utils import instantiate
 
-    if cfg["evaluation"] is None:
-        return []
-    return [instantiate(node) for node in cfg["evaluation"]["tasks"].values()]
+    tasks, problems = [], []
+    for node in (cfg["evaluation"] or {"tasks": {}})["tasks"].values():
+        try:
+            tasks.append(instantiate(node))
+        except Exception as error:
+            reason = config.user_error(error, [])
+            if reason is None:
+                raise
+            problems.append(reason)
+    if problems:
+        raise EvaluationError("; ".join(problems))
+    return tasks
 
 
 def load_prompts(prepared: Prepared) -> dict[str, Task]:
