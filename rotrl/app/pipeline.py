@@ -1,6 +1,7 @@
 """The stages in order. Each reads the files of those before it and ends in files of its own."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any
     """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
     console = Console()
     prepared = prepare(cfg)
+    one_thread_for_small_matrices(prepared)
     folder = settle(prepared, folder)
     record = Record(folder / "record.json")
     if record.data.get("status") == "done":
@@ -98,6 +100,14 @@ def settle(prepared: Prepared, given: Path | None) -> Path:
         changed = provenance.differing_keys(old, prepared)
         raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
     return folder
+
+
+def one_thread_for_small_matrices(prepared: Prepared) -> None:
+    """Threads that share a matrix of a few hundred rows wait for each other: on a busy machine, minutes for seconds."""
+    import torch
+
+    widest = max(max(info.shape[-2:]) for info in prepared.base.tensors.values() if len(info.shape) > 1)
+    torch.set_num_threads(1 if widest < 1024 else os.cpu_count() or 1)
 
 
 def evidence(job: Run) -> None:
