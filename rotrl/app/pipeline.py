@@ -1,7 +1,6 @@
 """The stages in order. Each reads the files of those before it and ends in files of its own."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +106,8 @@ def one_thread_for_small_matrices(prepared: Prepared) -> None:
     import torch
 
     widest = max(max(info.shape[-2:]) for info in prepared.base.tensors.values() if len(info.shape) > 1)
-    torch.set_num_threads(1 if widest < 1024 else os.cpu_count() or 1)
+    if widest < 1024:
+        torch.set_num_threads(1)
 
 
 def evidence(job: Run) -> None:
