@@ -11,7 +11,7 @@ from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.evidence.measure import COLUMNS, SIDES, Row, Settings, measure
 from rotrl.evidence.nulls import CONTROLS, check_controls, planted_fraction
-from rotrl.evidence.table import defined, write_table
+from rotrl.evidence.table import Work, defined, write_table
 from rotrl.evidence.verdict import Thresholds, expert_verdict, judge, overall_verdict
 
 
@@ -27,6 +27,7 @@ def geometry(
     bootstrap: int = 1000,
     rotation: float = 0.5,
     none: float = 0.05,
+    dtype: str = "float64",
     references: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -36,23 +37,29 @@ def geometry(
     kappa_low and kappa_high are kappa -+ 1.96 standard deviations over the sign-flip null. The summary holds medians
     with bootstrap intervals over layers, the planted fraction that would show the same kappa, and verdicts. Experts
     named in `references` (an SFT of the same base, say) are those that the others must differ from to be special.
+    Rows are kept by matrix in out/geometry.work.jsonl until all are there: a call that was killed goes on from it.
     Raises ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
     """
     check_controls(controls)
-    _check(experts, planted, principal, references)
+    _check(experts, planted, principal, references, dtype)
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
     names = [name for name, role in roles.items() if role.is_matrix]
     if not names:
         raise CheckpointError(f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)")
-    settings, rows = Settings(seed, controls, planted, principal), []
+    settings = Settings(seed, list(controls), list(planted), principal, dtype)
+    inputs = {name: model.sha256 for name, model in {"": base, **experts}.items()}
+    work, rows = Work(out / "geometry.work.jsonl", [settings._asdict(), inputs]), []
     for done, name in enumerate(names):
-        tuned = {expert: model.read(name) for expert, model in experts.items()}
-        about = {"layer": roles[name].layer, "module": roles[name].module}
-        rows += [about | row for row in measure(base.read(name), tuned, name, settings)]
+        if name not in work.rows:
+            tuned = {expert: model.read(name) for expert, model in experts.items()}
+            about = {"layer": roles[name].layer, "module": roles[name].module}
+            work.add(name, [about | row for row in measure(base.read(name), tuned, name, settings)])
+        rows += work.rows[name]
         if progress:
             progress(done + 1, len(names))
     write_table(out / "geometry.csv", COLUMNS, rows)
+    work.path.unlink()
     return summarise(rows, Thresholds(rotation, none), bootstrap=bootstrap, seed=seed, references=references)
 
 
@@ -145,8 +152,14 @@ def _json(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(
-    experts: Mapping[str, Checkpoint], planted: Sequence[float], principal: float, references: Sequence[str]
+    experts: Mapping[str, Checkpoint],
+    planted: Sequence[float],
+    principal: float,
+    references: Sequence[str],
+    dtype: str,
 ) -> None:
+    if dtype not in ("float64", "float32"):
+        raise ConfigError(f"evidence.geometry.dtype: {dtype!r} is not float64 or float32")
     if outside := [fraction for fraction in planted if not 0 <= fraction <= 1]:
         raise ConfigError(f"evidence.geometry.planted: {outside[0]} is not a fraction; give values from 0 to 1")
     if not 0 < principal <= 1:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rotrl.evidence.nulls import CONTROLS, plant, seeded
 from rotrl.linalg.spectrum import (
-    Basis,
     Coordinates,
     Side,
     basis,
     coordinates,
     gram_drift,
+    moved,
     nss,
     nu,
     principal_angles,
@@ -52,32 +52,41 @@ Row = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """What is drawn and compared: controls by name, planted fractions, share of singular vectors for the angles."""
+    """What is drawn and compared: controls by name, planted fractions, share of singular vectors for the angles; and
+    the dtype ("float64" or "float32") of the basis and the updates."""
 
     seed: int
     controls: Sequence[str]
     planted: Sequence[float]
     principal: float
+    dtype: str = "float64"
 
 
 def measure(W0: Tensor, tuned: Mapping[str, Tensor], tensor: str, settings: Settings) -> Iterator[Row]:
-    """Rows of one matrix (m, n): for each tuned model and side the update, its controls and planted rotations."""
-    frame = basis(W0)
+    """Rows of one matrix (m, n): for each tuned model and side the update, its controls and planted rotations.
+
+    The one SVD is that of the base. All else happens in its basis, on squares of the smaller side.
+    """
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    frame = basis(W0, dtype)
     for expert, W1 in tuned.items():
-        D = W1.double() - W0.double()
+        D = W1.to(dtype) - W0.to(dtype)
         about = {"expert": expert, "tensor": tensor, "rows": W0.shape[0], "cols": W0.shape[1]}
         if not D.any():
             yield from (
                 {**about, "rel_norm": 0.0, "side": side, "unchanged_bf16": 1.0, "control": ""} for side in SIDES
             )
             continue
-        for row in _update(W0, W1, D, frame, settings):
-            yield {**about, **row, "control": ""}
-        for control in settings.controls:
-            drawn = CONTROLS[control](W0, D, frame, seeded(settings.seed, expert, tensor, control))
-            for row in _update(W0, W0.double() + drawn, drawn, frame, settings):
-                yield {**about, **row, "control": control}
         c = coordinates(frame, D)
+        unchanged = {"unchanged_bf16": float(unchanged_bf16(W0, W1))}
+        yield from ({**about, **row, **unchanged, "control": ""} for row in _update(c, settings))
+        for control in settings.controls:
+            drawn = CONTROLS[control](W0, D, c, seeded(settings.seed, expert, tensor, control))
+            unchanged = {}
+            if isinstance(drawn, Tensor):
+                unchanged = {"unchanged_bf16": float(unchanged_bf16(W0, W0.to(dtype) + drawn))}
+                drawn = coordinates(frame, drawn)
+            yield from ({**about, **row, **unchanged, "control": control} for row in _update(drawn, settings))
         for side in SIDES:
             for fraction in settings.planted:
                 control = f"planted_{fraction:g}"
@@ -85,23 +94,22 @@ def measure(W0: Tensor, tuned: Mapping[str, Tensor], tensor: str, settings: Sett
                 yield {**about, **_rotation(drawn, side), "control": control}
 
 
-def _update(W0: Tensor, W1: Tensor, D: Tensor, frame: Basis, settings: Settings) -> Iterator[Row]:
-    c, after = coordinates(frame, D), basis(W1)
-    k = max(1, round(settings.principal * frame.s.shape[-1]))
+def _update(c: Coordinates, settings: Settings) -> Iterator[Row]:
+    k = max(1, round(settings.principal * c.s.shape[-1]))
+    after = moved(c, k)
     both_sides = {
-        "rel_norm": float(torch.linalg.matrix_norm(D) / torch.linalg.matrix_norm(W0.double())),
-        "nu": float(nu(frame.s, after.s, D)),
-        "rho": float(rho(W0, D)),
-        "nss": float(nss(frame.s, after.s)),
-        "unchanged_bf16": float(unchanged_bf16(W0, W1)),
+        "rel_norm": float(c.energy.sqrt() / torch.linalg.vector_norm(c.s)),
+        "nu": float(nu(after.s, c)),
+        "rho": float(rho(c)),
+        "nss": float(nss(c.s, after.s)),
     }
-    for side in SIDES:
-        before, turned = (frame.U, after.U) if side == "left" else (frame.V, after.V)
+    for side, turned in zip(SIDES, (after.left, after.right), strict=True):
+        before = torch.eye(len(turned), k, dtype=turned.dtype)
         yield {
             **both_sides,
             **_rotation(c, side),
-            "gram": float(gram_drift(W0, D, c, side=side)),
-            "angle_max": float(principal_angles(before[:, :k], turned[:, :k]).max()),
+            "gram": float(gram_drift(c, side=side)),
+            "angle_max": float(principal_angles(before, turned).max()),
         }
 
 

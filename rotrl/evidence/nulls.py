@@ -1,7 +1,8 @@
 """Updates that carry no rotation, or a known part of one: what every measure is read against.
 
-A control takes the base, the real update and the singular basis of the base, and gives another update of the same
-matrix. Draws depend on the seed and on names alone, so a row is the same whatever is measured beside it.
+A control takes the base, the real update and its coordinates in the basis of the base, and gives another update of the
+same matrix, or its coordinates alone where these suffice: no matrix is made, no basis applied. Draws depend
+on the seed and on names alone, so a row is the same whatever is measured beside it.
 """
 
 import difflib
@@ -13,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from rotrl.errors import ConfigError
-from rotrl.linalg.spectrum import Basis, Coordinates, Side
+from rotrl.linalg.spectrum import Coordinates, Side
 from rotrl.linalg.tangent import tangent_part
 
 
@@ -23,39 +24,35 @@ def seeded(seed: int, *names: str) -> Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def isotropic(W0: Tensor, D: Tensor, frame: Basis, generator: Generator) -> Tensor:
+def isotropic(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
     """Gaussian noise of the norm of D."""
-    noise = torch.randn(D.shape, generator=generator, dtype=torch.float64)
-    return noise * (torch.linalg.matrix_norm(D.double()) / torch.linalg.matrix_norm(noise))
+    noise = torch.randn(D.shape, generator=generator, dtype=D.dtype)
+    return noise * (torch.linalg.matrix_norm(D) / torch.linalg.matrix_norm(noise))
 
 
-def sign_flip(W0: Tensor, D: Tensor, frame: Basis, generator: Generator) -> Tensor:
+def sign_flip(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Coordinates:
     """D with random signs in the singular basis of the base: its energy on every pair stays, their relation goes.
 
     Outside the thin basis whole columns (or rows) change sign, which keeps the free block's energies.
     """
-    if D.shape[-2] < D.shape[-1]:
-        return sign_flip(W0.mT, D.mT, frame.mT, generator).mT
-    U, s, V = frame
-    image = D.double() @ V
-    T = U.mT @ image
-    outside = (image - U @ T) * _signs(s, generator).unsqueeze(-2)
-    return (U @ (T * _signs(T, generator)) + outside) @ V.mT
+    flipped, signs = c.T * _signs(c.T, generator), _signs(c.s, generator)
+    outside = None if c.outside is None else c.outside * signs.unsqueeze(-1) * signs.unsqueeze(-2)
+    return c._replace(T=flipped, outside=outside)
 
 
-def permuted(W0: Tensor, D: Tensor, frame: Basis, generator: Generator) -> Tensor:
+def permuted(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
     """D with its rows and its columns in random order: the same entries and spectrum, unrelated to the base."""
     rows, columns = (torch.randperm(size, generator=generator) for size in D.shape[-2:])
-    return D.double()[..., rows, :][..., columns]
+    return D[..., rows, :][..., columns]
 
 
-def bf16_rounding(W0: Tensor, D: Tensor, frame: Basis, generator: Generator) -> Tensor:
+def bf16_rounding(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
     """bf16(W0 + noise) - W0 with noise of the norm of D: what storage in bfloat16 makes of noise."""
-    noisy = W0.double() + isotropic(W0, D, frame, generator)
-    return noisy.to(torch.bfloat16).double() - W0.double()
+    noisy = W0.to(D.dtype) + isotropic(W0, D, c, generator)
+    return noisy.to(torch.bfloat16).to(D.dtype) - W0.to(D.dtype)
 
 
-Control = Callable[[Tensor, Tensor, Basis, Generator], Tensor]
+Control = Callable[[Tensor, Tensor, Coordinates, Generator], Tensor | Coordinates]
 CONTROLS: dict[str, Control] = {f.__name__: f for f in (isotropic, sign_flip, permuted, bf16_rounding)}
 
 
@@ -78,7 +75,7 @@ def plant(c: Coordinates, fraction: float, *, side: Side, generator: Generator) 
     """
     noise, carrier = (c._replace(T=c.T * _signs(c.T, generator)) for _ in range(2))
     turn = tangent_part(carrier, side=side)
-    keep = torch.as_tensor(1.0 - fraction, dtype=torch.float64)
+    keep = torch.as_tensor(1.0 - fraction, dtype=c.T.dtype)
     gain = fraction * c.energy / turn.energy  # no tangent direction at all (one row or column): NaN, as kappa is
     T = keep.sqrt() * noise.T + gain.sqrt()[..., None, None] * turn.T
     below, beside = (keep * a + gain[..., None] * b for a, b in ((c.below, turn.below), (c.beside, turn.beside)))

@@ -31,7 +31,8 @@ class Coordinates(NamedTuple):
     """An update in the basis of its base.
 
     s (..., r), T (..., r, r), below (..., r): energy of column j of T in the rows i > r, beside (..., r): energy of
-    row i of T in the columns j > r, energy (...): ||D||^2, shape: (m, n). One of below and beside is always zero.
+    row i of T in the columns j > r, energy (...): ||D||^2, shape: (m, n). One of below and beside is always zero;
+    outside (..., r, r), where it is kept, is the Gram matrix of the other one's block, which has that diagonal.
     """
 
     s: Tensor
@@ -40,19 +41,20 @@ class Coordinates(NamedTuple):
     beside: Tensor
     energy: Tensor
     shape: tuple[int, int]
+    outside: Tensor | None = None
 
     @property
     def mT(self) -> Coordinates:
         """The coordinates of the transposed update."""
         m, n = self.shape
-        return Coordinates(self.s, self.T.mT, self.beside, self.below, self.energy, (n, m))
+        return Coordinates(self.s, self.T.mT, self.beside, self.below, self.energy, (n, m), self.outside)
 
 
-def basis(W0: Tensor | Basis) -> Basis:
-    """Thin SVD in float64; singular values below max(m, n) eps s_1 count as 0 (numerical rank)."""
+def basis(W0: Tensor | Basis, dtype: torch.dtype = torch.float64) -> Basis:
+    """Thin SVD; singular values below max(m, n) eps s_1 count as 0 (numerical rank)."""
     if isinstance(W0, Basis):
         return W0
-    U, s, Vh = torch.linalg.svd(W0.double(), full_matrices=False)
+    U, s, Vh = torch.linalg.svd(W0.to(dtype), full_matrices=False)
     cut = max(W0.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., :1]
     return Basis(U, torch.where(s > cut, s, 0.0), Vh.mT)
 
@@ -60,21 +62,58 @@ def basis(W0: Tensor | Basis) -> Basis:
 def coordinates(W0: Tensor | Basis, D: Tensor) -> Coordinates:
     """D (..., m, n) in the singular basis of W0 (see Coordinates); a Basis in place of W0 saves the SVD."""
     U, s, V = basis(W0)
-    D = D.double()
+    D = D.to(s.dtype)
     m, n = D.shape[-2:]
-    energy = D.square().sum((-2, -1))
-    if m >= n:
-        image = D @ V
-        T = U.mT @ image
-        below = (image.square().sum(-2) - T.square().sum(-2)).clamp_min(0.0) if m > n else torch.zeros_like(s)
-        return Coordinates(s, T, below, torch.zeros_like(s), energy, (m, n))
-    return coordinates(Basis(V, s, U), D.mT).mT
+    if m < n:
+        return coordinates(Basis(V, s, U), D.mT).mT
+    image = D @ V
+    T = U.mT @ image
+    outside = image.mT @ image - T.mT @ T if m > n else torch.zeros_like(T)
+    below = outside.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
+    nothing = torch.zeros_like(s)
+    return Coordinates(s, T, below, nothing.expand_as(below), D.square().sum((-2, -1)), (m, n), outside)
 
 
-def nu(before: Tensor, after: Tensor, D: Tensor) -> Tensor:
+class Moved(NamedTuple):
+    """The base after the update: s (..., r) descending and, in the basis of the base, its top-k singular vectors.
+
+    left and right are (..., rows, k), to be compared with the first k unit vectors.
+    """
+
+    s: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def moved(c: Coordinates, k: int) -> Moved:
+    """The SVD of W0 + D from the coordinates of D: an eigenproblem of size r, in float64, whatever max(m, n) is.
+
+    With M = diag(s) + T, W1^T W1 is M^T M + outside in the basis of the base. A singular value s_i is off by
+    1e-16 s_1^2 / s_i. Rows of W1's left vectors beyond r are rotated among themselves into k, which no angle sees.
+    """
+    m, n = c.shape
+    if m < n:
+        s, left, right = moved(c.mT, k)
+        return Moved(s, right, left)
+    M = (c.T + torch.diag_embed(c.s.expand(c.T.shape[:-1]))).double()
+    outside = _outside(c).double()
+    squares, vectors = torch.linalg.eigh(M.mT @ M + outside)
+    s, right = squares.clamp_min(0.0).sqrt().flip(-1), vectors.flip(-1)[..., :k]
+    scaled = right * torch.where(s > 0, 1 / s, 0.0)[..., None, :k]
+    energies, axes = torch.linalg.eigh(scaled.mT @ outside @ scaled)
+    beyond = energies.clamp_min(0.0).sqrt().unsqueeze(-1) * axes.mT
+    return Moved(s, torch.cat([M @ scaled, beyond], -2), right)
+
+
+def _outside(c: Coordinates) -> Tensor:
+    if c.outside is None:
+        raise ValueError("these coordinates keep no Gram matrix of their outer block; take them from `coordinates`")
+    return c.outside
+
+
+def nu(after: Tensor, c: Coordinates) -> Tensor:
     """||s(W1) - s(W0)|| sqrt(max(m, n)) / ||D|| from the singular values: 1 for a small random D, 0 for a rotation."""
-    shift = torch.linalg.vector_norm(after - before, dim=-1)
-    return shift * max(D.shape[-2:]) ** 0.5 / torch.linalg.matrix_norm(D.double())
+    return torch.linalg.vector_norm(after - c.s, dim=-1) * max(c.shape) ** 0.5 / c.energy.sqrt()
 
 
 def nss(before: Tensor, after: Tensor) -> Tensor:
@@ -82,28 +121,29 @@ def nss(before: Tensor, after: Tensor) -> Tensor:
     return torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
 
 
-def rho(W0: Tensor, D: Tensor) -> Tensor:
+def rho(c: Coordinates) -> Tensor:
     """-2 <W0, D> / ||D||^2: 1 for every norm-preserving update, 0 for a random one. Weight decay confounds it."""
-    W0, D = W0.double(), D.double()
-    return -2 * (W0 * D).sum((-2, -1)) / D.square().sum((-2, -1))
+    return -2 * (c.s * c.T.diagonal(dim1=-2, dim2=-1)).sum(-1) / c.energy
 
 
-def gram_drift(W0: Tensor, D: Tensor, c: Coordinates, *, side: Side) -> Tensor:
+def gram_drift(c: Coordinates, *, side: Side) -> Tensor:
     """||W1^T W1 - W0^T W0||^2 (left) or ||W1 W1^T - W0 W0^T||^2 (right) over its mean under sign flips of T.
 
     c are the coordinates of D. 0 for a finite rotation on that side, 1 for random D, above 1 for a stretch.
     """
     if side == "right":
-        return gram_drift(W0.mT, D.mT, c.mT, side="left")
-    W0, D = W0.double(), D.double()
-    m, n = D.shape[-2:]
-    if n <= m:
-        first = W0.mT @ D
-        drift = (first + first.mT + D.mT @ D).square().sum((-2, -1))
-    else:  # the same by traces of (m, m) products: W1^T W1 - W0^T W0 = W0^T D + D^T W1
-        W1 = W0 + D
-        energy, cross = D @ D.mT, (W0 @ D.mT) * (W1 @ D.mT).mT
-        drift = ((W0 @ W0.mT + W1 @ W1.mT) * energy + 2 * cross).sum((-2, -1))
+        return gram_drift(c.mT, side="left")
+    m, n = c.shape
+    outside = _outside(c)
+    if n <= m:  # S T + T^T S + T^T T, and what lies beyond the rows of the basis
+        first = c.s.unsqueeze(-1) * c.T
+        drift = (first + first.mT + c.T.mT @ c.T + outside).square().sum((-2, -1))
+    else:  # three blocks of W1^T W1 - W0^T W0: within the basis, beside it (twice), beyond it
+        M = c.T + torch.diag_embed(c.s.expand(c.T.shape[:-1]))
+        first = c.s.unsqueeze(-1) * c.T
+        within = (first + first.mT + c.T.mT @ c.T).square().sum((-2, -1))
+        beside = (M * (outside @ M)).sum((-2, -1))
+        drift = within + 2 * beside + outside.square().sum((-2, -1))
     return drift / _mean_gram_drift(c)
 
 

@@ -1,13 +1,14 @@
 """The stage end to end on fake checkpoints whose updates are known."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rotrl.config import config_dir
+import rotrl.evidence.geometry as geometry_module
+from rotrl.checkpoint.reader import open_checkpoint
+from rotrl.config import compose
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.evidence.geometry import bootstrap_median, geometry
 from rotrl.evidence.measure import COLUMNS
@@ -110,6 +111,58 @@ def test_rows_do_not_depend_on_what_is_measured_beside(family, base):
     assert alone == [row for row in both if row["control"] in kept]
 
 
+def test_a_killed_measurement_goes_on_and_gives_the_same_table(family, base, monkeypatch):
+    experts = {"noisy": family.save("noisy", family.moved(base, 1))}
+    opened, out = family.save("base", base), family.folder / "out"
+    whole = geometry(opened, experts, family.folder / "whole")
+
+    def killed(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        geometry(opened, experts, out, progress=killed)
+    with (out / "geometry.work.jsonl").open("a") as file:
+        file.write('["model.layers.0.')  # torn by the kill
+    measured = []
+    original = geometry_module.measure
+    monkeypatch.setattr(geometry_module, "measure", lambda *x: measured.append(x[2]) or original(*x))
+    assert geometry(opened, experts, out) == whole
+    assert len(measured) == 28 - 5
+    assert (out / "geometry.csv").read_bytes() == (family.folder / "whole" / "geometry.csv").read_bytes()
+    assert [path.name for path in out.iterdir()] == ["geometry.csv"]
+
+
+def test_rows_of_other_settings_are_not_taken_over(family, base):
+    experts, out = {"noisy": family.save("noisy", family.moved(base, 1))}, family.folder / "out"
+    opened = family.save("base", base)
+
+    def killed(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        geometry(opened, experts, out, seed=1, progress=killed)
+    geometry(opened, experts, out)
+    geometry(opened, experts, family.folder / "whole")
+    assert (out / "geometry.csv").read_bytes() == (family.folder / "whole" / "geometry.csv").read_bytes()
+
+
+def test_float32_gives_the_numbers_of_float64(family, base):
+    experts = {"noisy": family.moved(base, 1, 1e-3)}
+    exact = run(family, base, experts, controls=[], planted=[])
+    low = geometry(
+        open_checkpoint(family.folder / "base"),
+        {"noisy": open_checkpoint(family.folder / "noisy")},
+        family.folder / "low",
+        dtype="float32",
+        controls=[],
+        planted=[],
+    )
+    for a, b in zip(exact["rows"], low["rows"], strict=True):
+        for key in ("kappa_median", "share_median", "null_median", "nu_median", "rho_median", "gram_median"):
+            assert b[key] == pytest.approx(a[key], abs=2e-3), key
+
+
 def test_unmoved_matrices_are_told_and_do_not_count(family, base):
     moved = family.matrices(base, rotated)
     still = "model.layers.1.mlp.up_proj.weight"
@@ -183,6 +236,7 @@ def test_bootstrap_over_layers_covers_the_median():
     ("options", "message"),
     [
         ({"controls": ["shuffle"]}, "unknown control 'shuffle'"),
+        ({"dtype": "bfloat16"}, "'bfloat16' is not float64 or float32"),
         ({"planted": [0.1, 3]}, "3 is not a fraction"),
         ({"principal": 0}, "0 is not a share"),
         ({"references": ["sft"]}, "no model 'sft'; one of: noisy"),
@@ -195,20 +249,21 @@ def test_wrong_settings_are_one_line(family, base, options, message):
 
 
 def test_a_model_without_known_matrices_is_refused(family):
-    opened = family.save("gpt", {"h.0.attn.c_attn.weight": torch.randn(4, 4)})
+    opened = family.save("gpt", {"mixer.weight": torch.randn(4, 4)})
     with pytest.raises(CheckpointError, match="no tensor is named like a matrix"):
         geometry(opened, {"tuned": opened}, family.folder / "out")
 
 
-@pytest.mark.parametrize("choice", ["none", "lineage", "geometry"])
+@pytest.mark.parametrize("choice", ["none", "lineage", "geometry", "fast"])
 def test_presets_compose_and_bind(choice):
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    preset = OmegaConf.load(Path(config_dir()) / "evidence" / f"{choice}.yaml")
-    assert set(preset) == {"lineage", "geometry"}
+    preset = compose([f"evidence={choice}"]).evidence
     assert preset.lineage is (choice != "none")
-    if choice == "geometry":
+    if choice in ("geometry", "fast"):
         stage = instantiate(preset.geometry)
         assert stage.func is geometry
-        assert list(stage.keywords["controls"]) == list(CONTROLS)
+        assert list(stage.keywords["controls"]) == (list(CONTROLS) if choice == "geometry" else [])
+        assert stage.keywords["dtype"] == ("float64" if choice == "geometry" else "float32")
+    else:
+        assert preset.geometry is None

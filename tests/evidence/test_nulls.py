@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rotrl.errors import ConfigError
 from rotrl.evidence.nulls import CONTROLS, check_controls, plant, planted_fraction, seeded
-from rotrl.linalg.spectrum import basis, coordinates
+from rotrl.linalg.spectrum import basis, coordinates, moved
 from rotrl.linalg.tangent import tangency, tangent_projection
 
 SHAPES = [(30, 30), (20, 50), (50, 20)]
@@ -24,37 +24,67 @@ def test_controls_have_the_norm_of_the_update_and_no_rotation(shape, control):
     W0 = random(*shape)
     frame, A = basis(W0), random(shape[0], shape[0], seed=1)
     D = 0.05 * (A - A.mT) @ W0  # a rotation, all of which the control must lose
-    drawn = CONTROLS[control](W0, D, frame, seeded(0, control))
-    assert torch.linalg.matrix_norm(drawn) == pytest.approx(float(torch.linalg.matrix_norm(D)), rel=0.02)
+
+    def draw(seed):
+        drawn = CONTROLS[control](W0, D, coordinates(frame, D), seeded(seed, control))
+        return coordinates(frame, drawn) if isinstance(drawn, torch.Tensor) else drawn
+
+    drawn = draw(0)
+    assert drawn.energy.sqrt() == pytest.approx(float(torch.linalg.matrix_norm(D)), rel=0.02)
     for side in ("left", "right"):
-        found = tangency(coordinates(frame, drawn), side=side)
+        found = tangency(drawn, side=side)
         assert abs(found.kappa) < 4 * found.kappa_spread
-    again = CONTROLS[control](W0, D, frame, seeded(0, control))
-    assert torch.equal(drawn, again)
-    assert not torch.equal(drawn, CONTROLS[control](W0, D, frame, seeded(1, control)))
+    assert torch.equal(drawn.T, draw(0).T)
+    assert not torch.equal(drawn.T, draw(1).T)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sign_flip_keeps_the_energy_of_every_pair(shape):
     W0, D = random(*shape), random(*shape, seed=1)
     frame = basis(W0)
-    before, after = (coordinates(frame, update) for update in (D, CONTROLS["sign_flip"](W0, D, frame, seeded(0))))
+    before = coordinates(frame, D)
+    after = CONTROLS["sign_flip"](W0, D, before, seeded(0))
     assert torch.allclose(after.T.abs(), before.T.abs())
     assert torch.allclose(after.below, before.below)
     assert torch.allclose(after.beside, before.beside)
+    assert torch.allclose(after.outside.abs(), before.outside.abs())
+    assert torch.linalg.eigvalsh(after.outside).min() > -1e-10 * before.energy
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sign_flip_in_coordinates_is_the_one_of_the_matrix(shape):
+    W0, D = random(*shape), random(*shape, seed=1)
+    frame = basis(W0)
+    inside = CONTROLS["sign_flip"](W0, D, coordinates(frame, D), seeded(0))
+    found, expected = moved(inside, 3).s, torch.linalg.svdvals(W0 + flipped(D, frame, seeded(0)))
+    if shape[0] >= shape[1]:  # wide ones draw the transposed signs
+        assert torch.allclose(found, expected, rtol=1e-9)
 
 
 def test_permuted_keeps_the_entries_and_the_spectrum():
     W0, D = random(6, 9), random(6, 9, seed=1)
-    drawn = CONTROLS["permuted"](W0, D, basis(W0), seeded(0))
+    drawn = CONTROLS["permuted"](W0, D, coordinates(W0, D), seeded(0))
     assert torch.equal(drawn.flatten().sort().values, D.flatten().sort().values)
     assert torch.allclose(torch.linalg.svdvals(drawn), torch.linalg.svdvals(D))
 
 
 def test_bf16_rounding_lands_on_bf16_numbers():
     W0, D = random(6, 9), 1e-3 * random(6, 9, seed=1)
-    W1 = W0 + CONTROLS["bf16_rounding"](W0, D, basis(W0), seeded(0))
+    W1 = W0 + CONTROLS["bf16_rounding"](W0, D, coordinates(W0, D), seeded(0))
     assert torch.allclose(W1, W1.to(torch.bfloat16).double(), rtol=0, atol=1e-15)
+
+
+def flipped(D, frame, generator):
+    """The sign flip as a matrix."""
+    if D.shape[0] < D.shape[1]:
+        return flipped(D.mT, frame.mT, generator).mT
+    U, s, V = frame
+
+    def signs(*shape):
+        return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+
+    T = U.mT @ D @ V
+    return (U @ (T * signs(*T.shape)) + (D @ V - U @ T) * signs(len(s))) @ V.mT
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -67,7 +97,7 @@ def test_planting_in_coordinates_is_planting_in_the_weights(shape, side):
     norm = torch.linalg.matrix_norm(D)
     direct = []
     for i in range(draws):
-        noise, carrier = (CONTROLS["sign_flip"](W0, D, frame, seeded(i, half)) for half in ("noise", "carrier"))
+        noise, carrier = (flipped(D, frame, seeded(i, half)) for half in ("noise", "carrier"))
         turn = tangent_projection(frame, carrier, side=side)
         planted = (1 - f) ** 0.5 * noise + f**0.5 * norm * turn / torch.linalg.matrix_norm(turn)
         direct.append(tangency(coordinates(frame, planted), side=side).kappa)

@@ -7,6 +7,7 @@ from rotrl.linalg.spectrum import (
     basis,
     coordinates,
     gram_drift,
+    moved,
     nss,
     nu,
     principal_angles,
@@ -68,23 +69,24 @@ def test_finite_rotations_keep_spectrum_gram_and_norm(shape, side):
     W0 = random(*shape)
     D = rotation(shape[0], 0.3) @ W0 - W0 if side == "left" else W0 @ rotation(shape[1], 0.3) - W0
     before, after = spectra(W0, D)
-    assert nu(before, after, D) < 1e-12
+    c = coordinates(W0, D)
+    assert nu(after, c) < 1e-12
     assert nss(before, after) < 1e-12
-    assert rho(W0, D) == pytest.approx(1)
-    assert gram_drift(W0, D, coordinates(W0, D), side=side) < 1e-12
+    assert rho(c) == pytest.approx(1)
+    assert gram_drift(c, side=side) < 1e-12
     other = "right" if side == "left" else "left"
-    assert gram_drift(W0, D, coordinates(W0, D), side=other) > 0.01
+    assert gram_drift(c, side=other) > 0.01
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 60), (60, 30)])
 def test_small_noise_has_nu_and_gram_of_one_and_rho_of_zero(shape):
     W0 = random(*shape)
     noise = 1e-4 * random(200, *shape, seed=1)
-    before, after = spectra(W0, noise)
-    assert nu(before, after, noise).square().mean() == pytest.approx(1, abs=0.05)
+    _, after = spectra(W0, noise)
+    assert nu(after, coordinates(W0, noise)).square().mean() == pytest.approx(1, abs=0.05)
     assert abs((noise * W0).sum((-2, -1)).mean()) < 4 * 1e-4 * torch.linalg.matrix_norm(W0) / 200**0.5
     for side in ("left", "right"):
-        assert gram_drift(W0, noise, coordinates(W0, noise), side=side).mean() == pytest.approx(1, abs=0.02)
+        assert gram_drift(coordinates(W0, noise), side=side).mean() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -100,7 +102,7 @@ def test_gram_drift_is_relative_to_its_mean_over_sign_flips(shape, tolerance, si
         return (W.mT @ W - W0.mT @ W0 if side == "left" else W @ W.mT - W0 @ W0.mT).square().sum((-2, -1))
 
     expected = drift(W0 + D) / drift(W1).mean()
-    assert gram_drift(W0, D, coordinates(W0, D), side=side) == pytest.approx(expected.item(), rel=tolerance)
+    assert gram_drift(coordinates(W0, D), side=side) == pytest.approx(expected.item(), rel=tolerance)
 
 
 def test_principal_angles_of_planted_planes_at_every_size():
@@ -122,3 +124,26 @@ def test_share_unchanged_in_bf16_on_planted_changes():
     assert unchanged_bf16(W0, W1) == pytest.approx(0.75)
     assert unchanged_bf16(W0, W0) == 1
     assert unchanged_bf16(torch.zeros(2, 2), -torch.zeros(2, 2)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_moved_base_by_its_coordinates_is_its_svd(shape, scale):
+    W0, D, k = random(*shape), scale * random(*shape, seed=1), 2
+    frame, after = basis(W0), basis(W0 + D)
+    found = moved(coordinates(frame, D), k)
+    assert torch.allclose(found.s, after.s, rtol=1e-12, atol=1e-13)
+    for before, turned, got in ((frame.U, after.U, found.left), (frame.V, after.V, found.right)):
+        expected = principal_angles(before[:, :k], turned[:, :k])
+        assert torch.allclose(got.mT @ got, torch.eye(k).double(), atol=1e-12)
+        angles = principal_angles(torch.eye(len(got), k, dtype=torch.float64), got)
+        assert torch.allclose(angles, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_keeps_the_shift_of_the_spectrum(shape):
+    """s and T come from one basis, so that what float32 loses of the base is not taken for a change."""
+    W0, D = random(*shape), 1e-4 * random(*shape, seed=1)
+    c = coordinates(basis(W0, torch.float32), D)
+    before, after = spectra(W0, D)
+    assert torch.allclose(moved(c, 1).s - c.s, after - before, rtol=1e-3, atol=1e-7)
