@@ -27,6 +27,11 @@ class Config:
     job: Any = None  # a stand-alone `_target_` (build_zoo) in place of the stages
     merge_scale: Any = 1.0  # a number, or a rule: mean, norm, sum, retention
     dtype: str = "auto"
+    rounding: str = "nearest"
+    tokenizer_from: str | None = None
+    vocab: str = "error"
+    lm_head: str = "error"
+    nonfinite: str = "error"
     output: str | None = None
     run_dir: str | None = None
     cache_dir: str = "outputs/cache"

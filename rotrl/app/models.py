@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rotrl.checkpoint.family import open_family
+from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -74,3 +76,13 @@ def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, 
     if not experts:
         raise CheckpointError("models.experts is empty; give at least one: 'models.experts={math: DIR, code: DIR}'")
     return base, experts, controls
+
+
+def open_models(cfg: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, Checkpoint]]:
+    """The base, the experts and the controls of a configuration, by their headers and as its choices want them."""
+    base, experts, controls = locate_all(cfg["models"])
+    if twice := experts.keys() & controls.keys():
+        raise CheckpointError(f"models.controls.{min(twice)} has an expert's name; rename it")
+    choices = {key: cfg[key] for key in ("tokenizer_from", "vocab", "lm_head", "nonfinite")}
+    root, tuned = open_family(base, {**experts, **controls}, **choices)
+    return root, {name: tuned[name] for name in experts}, {name: tuned[name] for name in controls}

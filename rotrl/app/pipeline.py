@@ -197,6 +197,7 @@ def merge(job: Run) -> None:
                 method,
                 target,
                 dtype=job.cfg["dtype"],
+                rounding=job.cfg["rounding"],
                 rotations=rotations if rotations.is_file() else None,
                 overwrite=job.cfg["overwrite"],
                 progress=progress,

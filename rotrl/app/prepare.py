@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rotrl import config
-from rotrl.app.models import locate_all
+from rotrl.app.models import open_models
 from rotrl.app.stage import digest, source_digest
-from rotrl.checkpoint.reader import Checkpoint, check_family, open_checkpoint
+from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
 from rotrl.merge.method import Method, bind
@@ -63,10 +63,7 @@ class Prepared:
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
     methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
-    folders = locate_all(cfg["models"])
-    base = open_checkpoint(folders[0])
-    experts, controls = ({name: open_checkpoint(path) for name, path in group.items()} for group in folders[1:])
-    check_family(base, {**experts, **controls})
+    base, experts, controls = open_models(cfg)
     check_names(experts, methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), {})
     check_align(prepared)

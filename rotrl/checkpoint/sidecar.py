@@ -14,8 +14,9 @@ from rotrl.checkpoint.files import file_sha256, whole_file
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.checkpoint.writer import write_json
 
+GENERATION = "generation_config.json"
 COPIED = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -55,17 +56,21 @@ def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """config.json with the new dtype, and tokenizer, chat template and generation config as they are."""
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
     write_json(folder / "config.json", {**source.config, key: str(dtype).removeprefix("torch.")})
-    for name in COPIED:
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, folder / name)
+    for name, file in _sidecars(source).items():
+        shutil.copyfile(file, folder / name)
+
+
+def _sidecars(source: Checkpoint) -> dict[str, Path]:
+    """The files to copy: all of the tokenizer from one folder, the generation config from the model's own."""
+    folders = {name: source.path if name == GENERATION else source.tokenizer_folder for name in COPIED}
+    return {name: folder / name for name, folder in folders.items() if (folder / name).is_file()}
 
 
 def sidecar_digest(source: Checkpoint) -> str:
     """One sha256 over config.json and all that copy_sidecars takes along."""
     digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
-    for name in COPIED:
-        if (source.path / name).is_file():
-            digest.update(f"{name} {file_sha256(source.path / name)}".encode())
+    for name, file in _sidecars(source).items():
+        digest.update(f"{name} {file_sha256(file)}".encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from rotrl.checkpoint.files import file_sha256, fsync, whole_file
-from rotrl.checkpoint.reader import DTYPES, INDEX, tensor_bytes, tensor_digest, weights_digest
+from rotrl.checkpoint.header import DTYPES, INDEX
+from rotrl.checkpoint.reader import tensor_bytes, tensor_digest, weights_digest
 from rotrl.errors import CheckpointError
 
 MANIFEST = "rotrl_manifest.json"

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import rotrl
+from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
+from rotrl.checkpoint.rounding import ROUNDINGS, cast
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
 from rotrl.checkpoint.writer import AlreadyPublished, staging, write_manifest, write_weights
 from rotrl.errors import ConfigError, NumericsError
@@ -38,9 +40,7 @@ def plan_merge(
     acted = [name for name, info in base.tensors.items() if method.acts_on(roles[name], len(info.shape))]
     stored = _stored(base)
     widest = torch.float32 if dtype == "auto" else _dtype(dtype)
-    warnings = []
-    if unknown := [name for name, role in roles.items() if role.module == "other"]:
-        warnings.append(f"{len(unknown)} tensors have no known role, first '{unknown[0]}'")
+    warnings = header_notes(base, experts)
     for name, expert in experts.items():
         if _stored(expert) != stored:
             warnings.append(f"expert {name} is stored in {_word(_stored(expert))}, the base in {_word(stored)}")
@@ -73,6 +73,7 @@ def merge(
     target: Path,
     *,
     dtype: str = "auto",
+    rounding: str = "nearest",
     rotations: Path | None = None,
     overwrite: bool = False,
     table: str | None = None,
@@ -80,15 +81,18 @@ def merge(
 ) -> dict[str, Any]:
     """Writes the merged checkpoint to `target`, or reuses what is there from the same inputs.
 
-    `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `table` is Markdown for
-    the model card. Gives path, sha256, fingerprint, reused, seconds, dtype, effective_coefficient (along sum d_i),
-    coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|), storage_loss, warnings.
+    `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `rounding` stochastic
+    keeps the mean of updates smaller than the dtype's steps. `table` is Markdown for the card. Gives path, sha256,
+    fingerprint, reused, seconds, dtype, effective_coefficient (along sum d_i), coefficients (per expert, least
+    squares), norm_ratio (|d| / mean |d_i|), storage_loss, warnings.
     """
     begun, target = time.monotonic(), Path(target)
     if dtype != "auto":
         _dtype(dtype)
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding is {rounding!r}, one of {', '.join(ROUNDINGS)} is expected")
     merger = Merger(base, experts, method, rotations)
-    inputs, models = _inputs(merger, dtype, rotations), [base, *experts.values()]
+    inputs, models = _inputs(merger, dtype, rounding, rotations), [base, *experts.values()]
     manifest = reusable(target, inputs, models, overwrite=overwrite)
     reused = manifest is not None
     if manifest is None:
@@ -126,7 +130,7 @@ def _publish(
     models = [merger.base, *merger.experts.values()]
     notes = list(warnings)
     with staging(target, overwrite=overwrite) as folder:
-        dtype, measure, sha256, files = _write(folder, merger, inputs["dtype"], notes, progress)
+        dtype, measure, sha256, files = _write(folder, merger, inputs["dtype"], inputs["rounding"], notes, progress)
         copy_sidecars(merger.base, folder, dtype)
         configuration = write_config(folder, {**inputs, "names": [model_name(model.path) for model in models]})
         facts = {
@@ -162,15 +166,20 @@ def _publish(
 
 
 def _write(
-    folder: Path, merger: Merger, dtype: str, notes: list[str], progress: Callable[[int, int], None] | None
+    folder: Path,
+    merger: Merger,
+    dtype: str,
+    rounding: str,
+    notes: list[str],
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[torch.dtype, Measure, str, dict[str, str]]:
     """The weights in the first dtype that keeps the update, judged on a few tensors, then on all."""
     stored = _stored(merger.base) if dtype == "auto" else _dtype(dtype)
     if dtype == "auto" and stored.itemsize == 2:
         probes = merger.acted[:: math.ceil(len(merger.acted) / PROBES)]
-        loss = _loss(merger, probes, stored)
+        loss = _loss(merger, probes, stored, rounding)
         if loss < LOSS_LIMIT:
-            measure, sha256, files = _stream(folder, merger, stored, progress)
+            measure, sha256, files = _stream(folder, merger, stored, rounding, progress)
             if (loss := measure.storage_loss) < LOSS_LIMIT:
                 return stored, measure, sha256, files
             for file in files:
@@ -178,7 +187,7 @@ def _write(
         notes.append(f"stored in float32: {_word(stored)} would lose {loss:.2g} of the update")
     if dtype == "auto":
         stored = torch.float32
-    measure, sha256, files = _stream(folder, merger, stored, progress)
+    measure, sha256, files = _stream(folder, merger, stored, rounding, progress)
     if measure.storage_loss >= LOSS_LIMIT:
         notes.append(f"{_word(stored)} loses {measure.storage_loss:.2g} of the update; dtype=float32 keeps it")
     notes += [f"expert {name} equals the base" for name in merger.experts if not measure.norm_of(name)]
@@ -186,13 +195,13 @@ def _write(
 
 
 def _stream(
-    folder: Path, merger: Merger, dtype: torch.dtype, progress: Callable[[int, int], None] | None
+    folder: Path, merger: Merger, dtype: torch.dtype, rounding: str, progress: Callable[[int, int], None] | None
 ) -> tuple[Measure, str, dict[str, str]]:
     measure, done = Measure(list(merger.experts)), 0
 
     def tensor_of(name: str) -> Tensor:
         nonlocal done
-        stored = _measured(merger, name, dtype, measure)
+        stored = _measured(merger, name, dtype, rounding, measure)
         done += 1
         if progress is not None:
             progress(done, len(merger.base.tensors))
@@ -203,29 +212,30 @@ def _stream(
     return measure, sha256, files
 
 
-def _measured(merger: Merger, name: str, dtype: torch.dtype, measure: Measure) -> Tensor:
+def _measured(merger: Merger, name: str, dtype: torch.dtype, rounding: str, measure: Measure) -> Tensor:
     base, experts, merged = merger(name)
-    stored = merged.to(dtype)
-    if not stored.isfinite().all():
+    stored = cast(merged, dtype, rounding, name)
+    if merger.base.finite and not stored.isfinite().all():
         raise NumericsError(f"tensor '{name}': values overflow {_word(dtype)}; use dtype=float32")
     measure.add(base, experts, merged, stored)
     return stored
 
 
-def _loss(merger: Merger, names: Sequence[str], dtype: torch.dtype) -> float:
+def _loss(merger: Merger, names: Sequence[str], dtype: torch.dtype, rounding: str) -> float:
     measure = Measure(list(merger.experts))
     for name in names:
-        _measured(merger, name, dtype, measure)
+        _measured(merger, name, dtype, rounding, measure)
     return measure.storage_loss
 
 
-def _inputs(merger: Merger, dtype: str, rotations: Path | None) -> dict[str, Any]:
+def _inputs(merger: Merger, dtype: str, rounding: str, rotations: Path | None) -> dict[str, Any]:
     """Everything that the bytes of the merge depend on, by content."""
     return {
         "base": merger.base.sha256,
         "experts": [[name, expert.sha256] for name, expert in merger.experts.items()],
         "merge": merger.method.config,
         "dtype": dtype,
+        "rounding": rounding,
         "rotations": file_sha256(rotations) if rotations and merger.rotations else None,
         "sidecars": sidecar_digest(merger.base),
         "numbers": NUMBERS,

@@ -48,7 +48,7 @@ class Merger:
         base, experts = self._read(name)
         try:
             merged = self.merged(name, base, experts)
-            if not merged.isfinite().all():
+            if self.base.finite and not merged.isfinite().all():
                 raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
         except NumericsError as error:
             raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error

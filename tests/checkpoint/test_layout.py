@@ -22,11 +22,11 @@ from rotrl.checkpoint.layout import MATRICES, Role, role_of
         ("model.norm.weight", (16,), Role(None, "norm")),
         ("model.embed_tokens.weight", (32, 16), Role(None, "embedding")),
         ("lm_head.weight", (32, 16), Role(None, "head")),
-        ("model.layers.1.self_attn.qkv_proj.weight", (24, 16), Role(1, "other")),
+        ("model.layers.1.self_attn.qkv_proj.weight", (24, 16), Role(1, "qkv")),
         ("model.layers.1.self_attn.rotary_emb.inv_freq", (8,), Role(1, "other")),
         ("model.layers.1.self_attn.q_proj.weight", (4, 4, 1), Role(1, "other")),
     ],
 )
 def test_role(name, shape, role):
     assert role_of(name, shape) == role
-    assert role.is_matrix == (role.module in MATRICES)
+    assert role.is_matrix == (role.module in (*MATRICES, "qkv"))

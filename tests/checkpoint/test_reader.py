@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rotrl.checkpoint.reader import INDEX, check_family, open_checkpoint
+from rotrl.checkpoint.header import INDEX
+from rotrl.checkpoint.reader import check_family, open_checkpoint
 from rotrl.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from rotrl.checkpoint import writer
 from rotrl.checkpoint.files import file_sha256, whole_file
-from rotrl.checkpoint.reader import INDEX, open_checkpoint
+from rotrl.checkpoint.header import INDEX
+from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, write_card
 from rotrl.checkpoint.verify import verify
 from rotrl.checkpoint.writer import MANIFEST, AlreadyPublished, staging, valid_manifest, write_manifest, write_weights
