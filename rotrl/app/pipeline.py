@@ -140,6 +140,9 @@ def rollouts(job: Run) -> dict[str, Path] | None:
     models = job.prepared
     if not models.prompts:
         return None
+    import torch
+
+    from rotrl.evaluate.engine import close_shared_engine
     from rotrl.evaluate.rollouts import rollouts as sample
 
     settings = job.cfg["align"]["samples"]
@@ -157,6 +160,8 @@ def rollouts(job: Run) -> dict[str, Path] | None:
             base=models.base.path,
             progress=progress,
         )
+    if torch.cuda.is_available():  # the engine holds most of the GPU's memory, and what comes next needs it
+        close_shared_engine()
     job.stages.record(
         "rollouts", digest({n: file_hash(f) for n, f in files.items()}), time.monotonic() - start, reused=False
     )
@@ -164,32 +169,49 @@ def rollouts(job: Run) -> dict[str, Path] | None:
 
 
 def align(job: Run) -> None:
-    """Rotations that align models to each other, closed form or learned."""
-    settings, models = job.cfg["align"], job.prepared
+    """Rotations that align models to each other, closed form or learned, and the controls that learned otherwise."""
+    settings = job.cfg["align"]
     if settings is None:
         return
+    from rotrl.align.learn import control_of
+
     files = rollouts(job)
-    inputs = [settings, job.cfg["trainer"], job.cfg["seed"], models.weights]
+    own = {key: value for key, value in settings.items() if key not in ("samples", "controls")}
+    summary = job.record.data["align"] = fit(job, own, files, "align")
+    controls = settings.get("controls") or {}
+    summary["controls"] = {
+        label: fit(job, control_of(own, control), files, f"align-{label}", Path("controls", label))
+        for label, control in controls.items()
+    }
+
+
+def fit(
+    job: Run, settings: dict[str, Any], files: dict[str, Path] | None, name: str, folder: Path = Path()
+) -> dict[str, Any]:
+    """One alignment as a stage; its files appear in `folder` of the run folder."""
+    models, shared = job.prepared, {"trainer": job.cfg["trainer"], "seed": job.cfg["seed"]}
+    inputs = [settings, *shared.values(), models.weights]
     inputs.append({name: file_hash(path) for name, path in (files or {}).items()})
 
-    def fit(out: Path) -> dict[str, Any]:
-        with job.bar("align") as progress:
-            stage = instantiate({key: value for key, value in settings.items() if key != "samples"}, _convert_="all")
-            shared = {"rollouts": files, "trainer": job.cfg["trainer"], "seed": job.cfg["seed"], "progress": progress}
-            return stage(models.base, models.experts, out, **shared)
+    def produce(out: Path) -> dict[str, Any]:
+        with job.bar(name) as progress:
+            stage = instantiate(settings, _convert_="all")
+            return stage(models.base, models.experts, out / folder, rollouts=files, progress=progress, **shared)
 
-    packages = ("linalg", "checkpoint", "merge", "align")
-    job.record.data["align"] = job.stages.run("align", inputs, packages, fit)
+    return job.stages.run(name, inputs, ("linalg", "checkpoint", "merge", "align"), produce)
 
 
 def merge(job: Run) -> None:
     """Every merge of the suite, each to a checkpoint of its own, kept where its fingerprint still holds."""
+    from rotrl.align.results import ROTATIONS, learned_file
     from rotrl.merge.engine import merge as write_merge
 
-    models, rotations = job.prepared, job.folder / "rotations.safetensors"
+    models = job.prepared
     merges = job.record.data.setdefault("merges", {})
     for label, method in models.methods.items():
         target = target_of(job, label)
+        control = models.applied.get(label)
+        learned = learned_file(job.folder / "controls" / control if control else job.folder)
         with job.bar(f"merge {label}") as progress:
             result = write_merge(
                 models.base,
@@ -198,11 +220,13 @@ def merge(job: Run) -> None:
                 target,
                 dtype=job.cfg["dtype"],
                 rounding=job.cfg["rounding"],
-                rotations=rotations if rotations.is_file() else None,
+                rotations=learned,
                 overwrite=job.cfg["overwrite"],
                 progress=progress,
             )
         merges[label] = {**result, "path": str(target), "config": method.config}
+        if method.needs_rotations:
+            merges[label] |= {"rotates": learned is not None and learned.name == ROTATIONS, "control": control}
         job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
         job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
         job.record.save()
