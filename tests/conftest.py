@@ -13,6 +13,7 @@ from torch import Tensor
 # A shared machine makes hypothesis' time limits flaky, so it has none.
 settings.register_profile("rotrl", deadline=None, max_examples=50)
 settings.load_profile("rotrl")
+torch.set_num_threads(1)  # matrices here are small: threads would only wait for each other
 
 SHAPES = {
     "self_attn.q_proj.weight": (16, 16),

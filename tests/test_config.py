@@ -1,6 +1,9 @@
 """Every shipped preset composes; every choice has a file; a wrong word is one line that names the right one."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,14 @@ def test_a_wrong_word_is_one_line_that_names_the_right_one(overrides: list[str],
 
 def test_a_bug_is_not_taken_for_the_users_mistake() -> None:
     assert config.user_error(ZeroDivisionError("x"), []) is None
+
+
+def test_conf_is_found_inside_the_package_as_a_wheel_has_it(tmp_path: Path) -> None:
+    package = Path(config.__file__).parent
+    (tmp_path / "rotrl").mkdir()
+    for name in ("__init__.py", "config.py", "errors.py"):
+        shutil.copy(package / name, tmp_path / "rotrl")
+    shutil.copytree(CONF, tmp_path / "rotrl/conf")
+    script = "from rotrl import config; print(config.config_dir()); print(config.compose(['merge=ties']).merge.density)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "rotrl/conf"), "0.2"]
