@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def step(name: str) -> None:
+    """Called at every step of writing; tests put in its place what fails there."""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on success it is fsynced and renamed to `path`, on error removed."""
@@ -14,10 +18,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
+        step(f"{path.name} written")
         # safetensors creates files as 0600, which would lock a group out of a shared folder.
         temporary.chmod(0o666 & ~_umask())
         fsync(temporary)
+        step(f"{path.name} synced")
         temporary.replace(path)
+        step(f"{path.name} renamed")
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)

@@ -182,6 +182,7 @@ def _differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
     problems += [f"tensor '{name}' is not in the base" for name in expert.tensors if name not in base.tensors]
     problems += [
         f"tensor '{name}' has shape {list(info.shape)}, base has {list(base.tensors[name].shape)} ({info.file})"
+        + (f" ({REMEDIES['vocab_size']})" if role_of(name, info.shape).module in ("embedding", "head") else "")
         for name, info in expert.tensors.items()
         if name in base.tensors and info.shape != base.tensors[name].shape
     ]

@@ -57,7 +57,8 @@ def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
     write_json(folder / "config.json", {**source.config, key: str(dtype).removeprefix("torch.")})
     for name, file in _sidecars(source).items():
-        shutil.copyfile(file, folder / name)
+        with whole_file(folder / name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def _sidecars(source: Checkpoint) -> dict[str, Path]:

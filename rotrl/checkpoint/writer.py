@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from rotrl.checkpoint import files as steps
 from rotrl.checkpoint.files import file_sha256, fsync, whole_file
 from rotrl.checkpoint.header import DTYPES, INDEX
 from rotrl.checkpoint.reader import tensor_bytes, tensor_digest, weights_digest
@@ -43,8 +44,10 @@ def staging(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         folder.mkdir()
+        steps.step("staged")
         yield folder
         fsync(folder)
+        steps.step("folder synced")
         _publish(folder, target, overwrite)
     except OSError as error:
         reason = error.strerror or error
@@ -132,32 +135,41 @@ def _write_shard(
             content = tensor_bytes(tensor)
             digest.update(content)
             stream.write(content)
+            steps.step(f"{path.name} holds {name}")
             digests[name] = tensor_digest(tensor)
     return digest.hexdigest()
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> None:
     old = folder.with_suffix(".old")
-    if overwrite and target.exists():
-        target.rename(old)
     try:
+        if overwrite:
+            with suppress(FileNotFoundError):
+                target.rename(old)
+            steps.step("old moved aside")
         folder.rename(target)  # replaces no folder that holds anything
-    except OSError as error:
-        if old.exists():
+    except BaseException as error:
+        if old.exists() and not target.exists():
             old.rename(target)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        shutil.rmtree(old, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise AlreadyPublished(target) from error
         raise
+    steps.step("published")
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+    steps.step("old removed")
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Folders that killed processes of this machine left beside the target."""
+    """Folders that killed processes of this machine left beside the target; one moved aside in vain comes back."""
     for folder in target.parent.glob(f"{glob.escape(_mark(target))}*"):
         process, _, kind = folder.name.removeprefix(_mark(target)).partition(".")
         if kind in ("partial", "old") and process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(folder)
+            if kind == "old" and not target.exists():
+                folder.rename(target)
+            else:
+                shutil.rmtree(folder)
 
 
 def _mark(target: Path) -> str:
