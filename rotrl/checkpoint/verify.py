@@ -1,11 +1,10 @@
 """Is a merged checkpoint what was written? Bytes against the manifest, headers against the index, finite values."""
 
-import json
 from pathlib import Path
 
 from rotrl.checkpoint.files import file_sha256
-from rotrl.checkpoint.reader import open_checkpoint
-from rotrl.checkpoint.writer import MANIFEST
+from rotrl.checkpoint.reader import Checkpoint, named, open_checkpoint
+from rotrl.checkpoint.writer import MANIFEST, sealed_manifest
 from rotrl.errors import CheckpointError
 
 
@@ -28,6 +27,7 @@ def verify(folder: Path) -> dict:
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}; make the merge again with overwrite=true")
     checkpoint = open_checkpoint(folder)
+    _check_vocabulary(checkpoint)
     for name in checkpoint.tensors:
         checkpoint.read(name)
     if checkpoint.sha256 != manifest["weights_sha256"]:
@@ -35,12 +35,26 @@ def verify(folder: Path) -> dict:
     return manifest
 
 
+def _check_vocabulary(checkpoint: Checkpoint) -> None:
+    """Rows of embedding and head against config.json: engines trust one or the other."""
+    expected = checkpoint.config.get("vocab_size")
+    for module in ("embedding", "head"):
+        name = named(checkpoint, module)
+        if name and expected not in (None, rows := checkpoint.tensors[name].shape[0]):
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: tensor '{name}' has {rows} rows, config.json says vocab_size "
+                f"{expected}; make the merge again"
+            )
+
+
 def _manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: folder does not exist; give a merged checkpoint")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = sealed_manifest(folder)
+        if manifest is None:
+            raise CheckpointError(f"{path}: has other bytes than were written; make the merge again")
         if all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values()):
             return {**manifest, "weights_sha256": manifest["weights_sha256"]}
     except FileNotFoundError as error:

@@ -23,6 +23,7 @@ from rotrl.checkpoint.reader import tensor_bytes, tensor_digest, weights_digest
 from rotrl.errors import CheckpointError
 
 MANIFEST = "rotrl_manifest.json"
+SEAL = "manifest_sha256"
 SHARD_SIZE = 5 * 10**9
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -90,7 +91,16 @@ def write_manifest(folder: Path, files: Mapping[str, str], content: Mapping[str,
         file.name: {"bytes": file.stat().st_size, "sha256": files.get(file.name) or file_sha256(file)}
         for file in sorted(folder.iterdir())
     }
-    write_json(folder / MANIFEST, {**content, "files": listed})
+    whole = {**content, "files": listed}
+    write_json(folder / MANIFEST, {**whole, SEAL: _seal(whole)})
+
+
+def sealed_manifest(folder: Path) -> dict | None:
+    """The manifest of a folder, None if any byte of it is not as written."""
+    text = (Path(folder) / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    whole = {key: value for key, value in manifest.items() if key != SEAL}
+    return manifest if manifest.get(SEAL) == _seal(whole) and text == _text(manifest) else None
 
 
 def valid_manifest(folder: Path) -> dict | None:
@@ -99,9 +109,9 @@ def valid_manifest(folder: Path) -> dict | None:
     Cheap, so that a finished merge is reused at once; `verify` hashes the bytes.
     """
     try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-        if all((Path(folder) / name).stat().st_size == size for name, size in sizes.items()):
+        manifest = sealed_manifest(folder)
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()} if manifest else {}
+        if manifest and all((Path(folder) / name).stat().st_size == size for name, size in sizes.items()):
             return manifest
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
@@ -110,7 +120,15 @@ def valid_manifest(folder: Path) -> dict | None:
 
 def write_json(path: Path, content: Any) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(_text(content), encoding="utf-8")
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(content).encode()).hexdigest()
 
 
 def _write_shard(
