@@ -42,20 +42,22 @@ def procrustes(
     problem = pose(base, experts, source=source, start=start, teachers=teachers)
     rotations = problem.closed_form(side=side, anchor=anchor)
     refuse_reflections(rotations)
-    names = {"parametrization": "procrustes", "objective": "weights"}
-    summary = write_results(out, problem, rotations, {"base": base, **experts}, closed=rotations, **names)
+    models = {"base": base, **experts}
+    names = ("procrustes", "weights")
+    summary = write_results(out, problem, rotations, models, *names, closed=rotations)
     before = after = {}
     if rollouts:
         everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
         with quiet(), threads_for(problem.matrices):
             engine = make_trainer(trainer, out)
+            family = Rotations(problem.matrices, side=side)
             module = LogitAlignment(
-                Rotations(problem.matrices, side=side),
+                family,
                 *load_models(base, problem, frozen_dtype(trainer)),
                 heldout=heldout_batches(everything, batch=batch),
             )
             before = measure(engine, module)
-            module.rotations.assign(rotations)
+            family.assign(rotations)
             after = measure(engine, module)
     return summary | {
         "kl_before": before,

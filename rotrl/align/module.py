@@ -1,4 +1,4 @@
-"""The rotated model under training: frozen student and teachers, only the rotations learn."""
+"""The model under training: frozen student and teachers, only the family's parameters learn."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from rotrl.align.data import Batch, TrainBatches
+from rotrl.align.family import Family
 from rotrl.align.objective import head_kl
-from rotrl.align.parametrization import Rotations
 from rotrl.errors import NumericsError
 
 DRIFT = 1e-5  # orthogonality error above which rotations are projected back
@@ -22,17 +22,16 @@ PATIENCE = 5  # steps in a row with a gradient that is not finite, until there i
 
 
 class LogitAlignment(pl.LightningModule):
-    """Minimises the mean over teachers of `KL(teacher || rotated)` per token, plus `angle_prior * sum ||log R||^2`.
+    """Minimises the mean over teachers of `KL(teacher || adapted)` per token, plus `angle_prior * sum ||log R||^2`.
 
-    Each teacher speaks on tokens that it sampled itself. The student's weights outside the rotated matrices stay those
-    of the source. `lr` is the rms angle in radians of a first step: RiemannianAdam's has Frobenius length lr whatever
-    the size of the matrix, so each stack of d x d rotations gets `lr sqrt(d)`. It rises over `warmup` steps and falls
-    to 0 along a cosine.
+    Each teacher speaks on tokens that it sampled itself. The student's weights outside the adapted matrices stay those
+    of the source. RiemannianAdam is Adam for parameters that lie on no manifold. `lr`, which a family's groups may
+    scale, rises over `warmup` steps and falls to 0 along a cosine.
     """
 
     def __init__(
         self,
-        rotations: Rotations,
+        family: Family,
         student: PreTrainedModel,
         teachers: Mapping[str, PreTrainedModel],
         *,
@@ -44,7 +43,7 @@ class LogitAlignment(pl.LightningModule):
         identity: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.rotations = rotations
+        self.family = family
         # In a list, out of Lightning's sight: frozen models belong in no checkpoint.
         self._frozen = [student, dict(teachers)]
         for model in (student, *teachers.values()):
@@ -65,11 +64,11 @@ class LogitAlignment(pl.LightningModule):
 
     # the objective
 
-    def kl(self, name: str, batch: Mapping[str, Tensor], rotated: Mapping[str, Tensor]) -> Tensor:
-        """Mean of KL(teacher || rotated) over the sampled tokens of the batch, in nats."""
+    def kl(self, name: str, batch: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> Tensor:
+        """Mean of KL(teacher || adapted) over the sampled tokens of the batch, in nats."""
         with torch.no_grad():
             teacher = self.hidden(self.teachers[name], batch)
-        student = self.hidden(self.student, batch, rotated)
+        student = self.hidden(self.student, batch, adapted)
         return head_kl(student, head(self.student), teacher, head(self.teachers[name]))
 
     def hidden(self, model: PreTrainedModel, batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None):
@@ -80,16 +79,16 @@ class LogitAlignment(pl.LightningModule):
         return functional_call(model.base_model, given, kwargs=arguments).last_hidden_state[batch["predicts"]]
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        rotated = self.rotated()
-        kls = {name: self.kl(name, part, rotated) for name, part in batch.items()}
-        prior = self.rotations.squared_angle()
+        adapted = self.adapted()
+        kls = {name: self.kl(name, part, adapted) for name, part in batch.items()}
         with self.exactly():
+            prior = self.family.prior() if self.angle_prior else 0.0
             self.note(kls)
         return torch.stack(list(kls.values())).mean() + self.angle_prior * prior
 
-    def rotated(self) -> dict[str, Tensor]:
+    def adapted(self) -> dict[str, Tensor]:
         with self.exactly():
-            return self.rotations()
+            return self.family()
 
     def exactly(self) -> torch.autocast:
         """float32 within a mixed-precision step: bfloat16 would swallow small angles."""
@@ -99,26 +98,22 @@ class LogitAlignment(pl.LightningModule):
     def note(self, kls: Mapping[str, Tensor]) -> None:
         """A row of the curve, as it stands before the step, and the same numbers for bar and loggers."""
         values = {f"kl_{name}": kl.detach() for name, kl in kls.items()}
-        values |= {
-            "angle_rms": self.rotations.rms_angle().rad2deg(),
-            "orthogonality_error": self.rotations.orthogonality_error(),
-        }
+        values |= self.family.measures()
         self.log_dict(values, prog_bar=True, batch_size=1)
         step, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every == 0 and (not self.curve or self.curve[-1]["step"] < step):  # once, if gradients accumulate
             self.curve.append({"step": step, **{key: float(value) for key, value in values.items()}})
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        rotated = self.rotated()
+        adapted = self.adapted()
         for name, part in batch.items():
             tokens = int(part["predicts"].sum())
-            self.log(f"kl_{name}", self.kl(name, part, rotated), batch_size=tokens, on_step=False, on_epoch=True)
+            self.log(f"kl_{name}", self.kl(name, part, adapted), batch_size=tokens, on_step=False, on_epoch=True)
 
     # the optimiser and its guards
 
     def configure_optimizers(self):
-        groups = [{"params": [part], "lr": self.lr * math.sqrt(part.shape[-1])} for part in self.rotations.rotations]
-        optimizer = geoopt.optim.RiemannianAdam(groups, betas=(0.9, 0.95))
+        optimizer = geoopt.optim.RiemannianAdam(self.family.groups(self.lr), betas=(0.9, 0.95))
         steps = self.trainer.max_steps
 
         def schedule(step: int) -> float:
@@ -130,7 +125,7 @@ class LogitAlignment(pl.LightningModule):
 
     def on_before_optimizer_step(self, _: Any) -> None:
         """Drops a gradient that is not finite: geoopt would let it into the parameter and its moments for good."""
-        parts = self.rotations.rotations
+        parts = list(self.family.parameters())
         if all(part.grad is None or bool(part.grad.isfinite().all()) for part in parts):
             self.spoilt = 0
             return
@@ -145,7 +140,7 @@ class LogitAlignment(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.rotations.orthogonality_error() > DRIFT:
+        if self.family.drift() > DRIFT:
             optimizer = self.trainer.optimizers[0]
             for group in optimizer.param_groups:
                 optimizer.stabilize_group(group)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, bind_methods, prepare
+from rotrl.app.prepare import Prepared, methods_of, prepare
 from rotrl.errors import RotrlError
 
 
@@ -21,7 +21,7 @@ def show_plan(cfg: dict[str, Any]) -> None:
     try:
         locate_all(cfg["models"], download=False)
     except RotrlError as missing:
-        methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
+        methods, _ = methods_of(cfg)
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)
         _evaluation(cfg, 1 + len(cfg["models"]["experts"]) + len(methods), console)
@@ -68,7 +68,9 @@ def _align_details(align: Mapping[str, Any] | None) -> str:
     if align is None:
         return ""
     keys = ("source", "teachers", "steps")
-    return " (" + ", ".join(f"{key} {align[key]}" for key in keys if key in align) + ")"
+    told = [f"{key} {align[key]}" for key in keys if key in align]
+    told += [f"control {label}" for label in align.get("controls") or {}]
+    return " (" + ", ".join(told) + ")"
 
 
 def _merges(prepared: Prepared, console: Console) -> None:

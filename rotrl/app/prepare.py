@@ -30,7 +30,10 @@ PACKAGES = ("linalg", "checkpoint", "merge", "align", "evidence", "evaluate")
 
 @dataclass(frozen=True)
 class Prepared:
-    """The checked input of a run. `prompts` holds what each teacher is sampled on, if alignment needs samples."""
+    """The checked input of a run. `prompts` holds what each teacher is sampled on, if alignment needs samples.
+
+    `applied` maps the labels of merges that apply what a control of the alignment learned to the control.
+    """
 
     cfg: dict[str, Any]
     base: Checkpoint
@@ -39,6 +42,7 @@ class Prepared:
     methods: dict[str, Method]
     tasks: list[Task]
     prompts: dict[str, Task] = field(default_factory=dict)
+    applied: dict[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -62,12 +66,27 @@ class Prepared:
 
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
-    methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
+    methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), {})
     check_align(prepared)
-    return Prepared(cfg, base, experts, controls, methods, prepared.tasks, load_prompts(prepared))
+    return Prepared(cfg, base, experts, controls, methods, prepared.tasks, load_prompts(prepared), applied)
+
+
+def methods_of(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:
+    """The merges by label, and the control that is applied by those that apply one.
+
+    In a suite every merge that can apply deltas stands a second time for each control of the alignment: beside
+    `learned` there is `learned_lora`.
+    """
+    methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
+    controls = (cfg["align"] or {}).get("controls") or {}
+    if "_target_" in (cfg["merge"] or {}):
+        return methods, {}
+    again = [(label, control) for label, method in methods.items() if method.takes_deltas for control in controls]
+    more = {f"{label}_{control}": methods[label] for label, control in again}
+    return methods | more, {f"{label}_{control}": control for label, control in again}
 
 
 def bind_methods(merge: Mapping[str, Any] | None, experts: list[str]) -> dict[str, Method]:

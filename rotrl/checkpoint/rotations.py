@@ -1,7 +1,10 @@
-"""rotations.safetensors: one float32 rotation per tensor and side, with what they apply to in the metadata."""
+"""What an alignment learned, one entry per tensor in float32, with what it applies to in the metadata.
+
+rotations.safetensors holds rotations, deltas.safetensors differences to the weights that the alignment began from.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from rotrl.checkpoint.files import whole_file
 from rotrl.errors import CheckpointError
 
 SIDES = ("left", "right")
+DELTA = "delta"
 
 
 @dataclass(frozen=True)
@@ -34,43 +38,58 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """`W + delta`, of one shape with W."""
+
+    delta: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The changed weight, in float32 or better."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight + self.delta.to(weight)
+
+
+@dataclass(frozen=True)
 class RotationsFile:
-    """An open rotations file; rotations are read when asked for."""
+    """An open file of rotations or deltas; they are read when asked for."""
 
     path: Path
     metadata: dict[str, str]
     sizes: dict[str, dict[str, int]]  # tensor -> side -> dimensions
+    shapes: dict[str, tuple[int, ...]]  # tensor -> shape of its delta
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that have rotations."""
-        return tuple(self.sizes)
+        """The tensors that have rotations or deltas."""
+        return (*self.sizes, *self.shapes)
 
     @property
     def source(self) -> dict:
-        """The weights that the rotations apply to: {"model": "base"}, {"expert": name} or {"merge": config}."""
+        """The weights that they apply to: {"model": "base"}, {"expert": name} or {"merge": config}."""
         return json.loads(self.metadata["source"])
 
-    def get(self, name: str) -> Rotation | None:
-        """The rotation of the tensor `name`, None where there is none."""
-        if name not in self.sizes:
-            return None
+    def get(self, name: str) -> Rotation | Delta | None:
+        """What was learned of the tensor `name`, None where that is nothing."""
+        if name in self.shapes:
+            return Delta(**self._read(name, [DELTA]))
+        return Rotation(**self._read(name, self.sizes[name])) if name in self.sizes else None
+
+    def _read(self, name: str, kinds: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(self.path, framework="pt") as handle:
-            stored = set(handle.keys())
-            found = {side: handle.get_tensor(f"{name}.{side}").clone() for side in SIDES if f"{name}.{side}" in stored}
-        for side, matrix in found.items():
+            found = {kind: handle.get_tensor(f"{name}.{kind}").clone() for kind in kinds}
+        for kind, matrix in found.items():
             if not matrix.isfinite().all():
-                raise CheckpointError(f"{self.path}: '{name}.{side}' holds NaN or Inf; run the alignment again")
-        return Rotation(**found)
+                raise CheckpointError(f"{self.path}: '{name}.{kind}' holds NaN or Inf; run the alignment again")
+        return found
 
 
-def save_rotations(path: Path, rotations: Mapping[str, Rotation], metadata: Mapping[str, str]) -> None:
-    """Writes the file whole or not at all; entries `<tensor>.left` and `<tensor>.right`, float32."""
+def save_rotations(path: Path, rotations: Mapping[str, Rotation | Delta], metadata: Mapping[str, str]) -> None:
+    """Writes the file whole or not at all; entries `<tensor>.left` and `.right` or `<tensor>.delta`, float32."""
     entries = {
-        f"{name}.{side}": matrix.detach().to("cpu", torch.float32).contiguous()
+        f"{name}.{kind}": matrix.detach().to("cpu", torch.float32).contiguous()
         for name, rotation in rotations.items()
-        for side in SIDES
-        if (matrix := getattr(rotation, side)) is not None
+        for kind in (*SIDES, DELTA)
+        if (matrix := getattr(rotation, kind, None)) is not None
     }
     seen: set[int] = set()
     for entry, matrix in entries.items():
@@ -96,9 +115,10 @@ def open_rotations(path: Path | str) -> RotationsFile:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); run the alignment again") from error
     problems = []
     for entry, shape in shapes.items():
-        if entry.rpartition(".")[2] not in SIDES:
-            problems.append(f"'{entry}' does not end in .left or .right")
-        elif len(shape) != 2 or shape[0] != shape[1]:
+        kind = entry.rpartition(".")[2]
+        if kind not in (*SIDES, DELTA):
+            problems.append(f"'{entry}' does not end in .left, .right or .delta")
+        elif kind in SIDES and (len(shape) != 2 or shape[0] != shape[1]):
             problems.append(f"'{entry}' has shape {list(shape)}, a square matrix is expected")
     try:
         json.loads(metadata["source"])
@@ -107,7 +127,11 @@ def open_rotations(path: Path | str) -> RotationsFile:
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}; run the alignment again")
     sizes: dict[str, dict[str, int]] = {}
+    deltas: dict[str, tuple[int, ...]] = {}
     for entry in sorted(shapes):
-        name, _, side = entry.rpartition(".")
-        sizes.setdefault(name, {})[side] = shapes[entry][0]
-    return RotationsFile(path, metadata, sizes)
+        name, _, kind = entry.rpartition(".")
+        if kind == DELTA:
+            deltas[name] = shapes[entry]
+        else:
+            sizes.setdefault(name, {})[kind] = shapes[entry][0]
+    return RotationsFile(path, metadata, sizes, deltas)

@@ -40,6 +40,10 @@ class Merger:
             if rotations is None:
                 raise ConfigError(f"merge={method.name} applies rotations and there are none; choose an align stage")
             self.rotations = open_rotations(rotations)
+            if self.rotations.shapes and not method.takes_deltas:
+                raise ConfigError(
+                    f"merge={method.name} turns weights and {rotations} holds no rotations; choose align=stiefel"
+                )
             self._check(self.rotations)
             self._source = self._source_of(self.rotations)
 
@@ -95,6 +99,11 @@ class Merger:
                 for side, size in sizes.items()
                 if size != expected.get(side)
             ]
+        for name, shape in rotations.shapes.items():
+            info = self.base.tensors.get(name)
+            if info is None or tuple(info.shape) != shape:
+                there = "none of that name" if info is None else f"one of {list(info.shape)}"
+                problems.append(f"'{name}.delta' has shape {list(shape)}, the base has {there}")
         models = {"base": self.base, **self.experts}
         for name, sha256 in json.loads(rotations.metadata.get("inputs", "{}")).items():
             if name in models and models[name].sha256 != sha256:

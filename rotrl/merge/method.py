@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from torch import Tensor
 
 from rotrl.checkpoint.layout import Role
-from rotrl.checkpoint.rotations import Rotation
+from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
 from rotrl.merge.check import per_layer_of, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
@@ -42,6 +42,11 @@ class Method:
     @property
     def needs_rotations(self) -> bool:
         return "rotation" in self._parameters or (self.of is not None and self.of.needs_rotations)
+
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether what it applies may be a Delta as well as a Rotation."""
+        return Delta in get_args(get_type_hints(self.function).get("rotation"))
 
     @property
     def needs_source(self) -> bool:
@@ -78,7 +83,7 @@ class Method:
         experts: Sequence[Tensor],
         *,
         depth: float | None = None,
-        rotation: Rotation | None = None,
+        rotation: Rotation | Delta | None = None,
         source: Tensor | None = None,
         merged: Tensor | None = None,
         statistics: Statistics | None = None,

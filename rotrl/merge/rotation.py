@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rotrl.checkpoint.rotations import Rotation
+from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
 from rotrl.linalg.cayley import cayley, inverse_cayley
 from rotrl.linalg.procrustes import polar, procrustes
@@ -134,8 +134,8 @@ def geodesic_aligned(
     return (Rotation(*sides).apply(first.double()) + t * (second - whole)).to(base)
 
 
-def learned(base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | None) -> Tensor:
-    """The rotations of the align stage applied to the weights that they were learned for; the rest as it is there."""
+def learned(base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | Delta | None) -> Tensor:
+    """What the align stage learned, applied to the weights that it was learned for; the rest as it is there."""
     return source if rotation is None else rotation.apply(source).to(base)
 
 

@@ -118,6 +118,12 @@ def experts(record: Mapping[str, Any]) -> list[str]:
     return list((record.get("models") or {}).get("experts") or {})
 
 
+def rotates(merge: str, record: Mapping[str, Any]) -> bool:
+    """Whether a merge turns weights. One that applies what was learned does so only if that is a rotation."""
+    applied = ((record.get("merges") or {}).get(merge) or {}).get("rotates", True)
+    return bool(applied) and "rotation" in method_target(merge, record)
+
+
 def method_target(label: str, record: Mapping[str, Any]) -> str:
     """`_target_` of a merge, from its entry in the record or from the configuration of the run."""
     entry = (record.get("merges") or {}).get(label) or {}
@@ -199,7 +205,7 @@ def _compared(table: Standings, record: Mapping[str, Any]) -> Standings:
             if row.role == "merge" and specialist and (found := _retention(row.model, specialist.model, task, record)):
                 kept[task] = found
         versus = paired(row.model, best.model, record, table.tasks) if best and row.role == "merge" else None
-        rotation = "rotation" in method_target(row.model, record) if row.role == "merge" else False
+        rotation = row.role == "merge" and rotates(row.model, record)
         rows.append(Row(row.model, row.role, row.scores, row.sampling, row.mean, row.minimum, kept, versus, rotation))
     return Standings(table.tasks, table.metrics, tuple(rows))
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rotrl.align.data import read_rollouts, split
 from rotrl.align.fit import stiefel
 from rotrl.checkpoint.reader import open_checkpoint
-from rotrl.checkpoint.rotations import open_rotations
+from rotrl.checkpoint.rotations import Rotation, open_rotations
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.linalg.rotation import exp
 from rotrl.merge.engine import merge_state
@@ -27,7 +27,7 @@ def rotations_of(out: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name in file.names:
         rotation = file.get(name)
-        assert rotation is not None
+        assert isinstance(rotation, Rotation)
         found[name] = rotation.left if rotation.right is None else rotation.right
     return found
 
@@ -84,7 +84,7 @@ def test_metadata_csv_and_summary_agree(uninterrupted, pair):
     assert metadata["objective"] == "logits"
     assert float(metadata["orthogonality_error"]) < 1e-5
     rows = list(csv.DictReader((out / "align.csv").open()))
-    assert list(rows[0]) == ["tensor", "layer", "module", "side", "angle_rms", "angle_max", "explained"]
+    assert list(rows[0]) == ["tensor", "layer", "module", "side", "angle_rms", "angle_max", "explained", "change"]
     assert len(rows) == 14
     sides = {(row["module"], row["side"]) for row in rows}
     right = {(name, "right") for name in ("q", "o", "gate", "up")}
@@ -243,7 +243,7 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
         ({"rollouts": {}}, "rollouts of math, code are missing"),
         ({"rollouts": {"math": Path("absent"), "code": Path("absent")}}, "absent: rollouts can't be read"),
         ({"init": "zero"}, "align.init='zero'; one of: identity, procrustes"),
-        ({"side": "both"}, "align.side='both'; one of: small, left, right"),
+        ({"side": "top"}, "align.side='top'; one of: small, left, right, both"),
         ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no argument of .*, did you mean 'accelerator'?"),
         ({"trainer": {"max_steps": 3}}, "trainer.max_steps is set by align; use align.steps"),
         ({"trainer": {"strategy": "fsdp"}}, "trainer.strategy='fsdp' shards parameters"),

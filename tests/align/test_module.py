@@ -33,6 +33,11 @@ def make_module(pair, *, source: str = "base", dtype: torch.dtype = torch.float3
     )
 
 
+def turns(module: LogitAlignment) -> Rotations:
+    assert isinstance(module.family, Rotations)
+    return module.family
+
+
 def batch_of(module: LogitAlignment) -> Batch:
     assert module.train_batches is not None
     return module.train_batches.at(0)
@@ -55,10 +60,10 @@ def test_kl_is_that_of_the_whole_model_with_the_rotated_weights(pair):
     module = make_module(pair, dtype=torch.float64)
     torch.manual_seed(0)
     with torch.no_grad():
-        for part in module.rotations.rotations:
+        for part in turns(module).rotations:
             generator = 0.1 * torch.randn_like(part)
             part.copy_(exp(generator - generator.mT))
-    rotated = module.rotated()
+    rotated = module.adapted()
     for name in module.teachers:
         kl = float(module.kl(name, batch_of(module)[name], rotated).detach())
         assert kl == pytest.approx(naive_kl(module, name, rotated), rel=1e-6)
@@ -66,19 +71,19 @@ def test_kl_is_that_of_the_whole_model_with_the_rotated_weights(pair):
 
 def test_kl_is_zero_where_the_source_is_the_teacher(pair):
     module = make_module(pair, source="math", dtype=torch.float64)
-    kl = module.kl("math", batch_of(module)["math"], module.rotated())
+    kl = module.kl("math", batch_of(module)["math"], module.adapted())
     kl.backward()
     assert kl.abs() < 1e-13
-    assert max(float(part.grad.abs().max()) for part in module.rotations.rotations if part.grad is not None) < 1e-12
+    assert max(float(part.grad.abs().max()) for part in turns(module).rotations if part.grad is not None) < 1e-12
 
 
 def test_riemannian_gradient_against_finite_differences(pair):
     """Central differences along random skew directions; transformers' norms are float32, hence the wide step."""
     module = make_module(pair, dtype=torch.float64)
     batch = batch_of(module)["code"]
-    module.kl("code", batch, module.rotated()).backward()
+    module.kl("code", batch, module.adapted()).backward()
     torch.manual_seed(0)
-    for part in module.rotations.rotations:
+    for part in turns(module).rotations:
         generator = torch.randn_like(part)
         generator = (generator - generator.mT) / torch.linalg.matrix_norm(generator - generator.mT, 2).max()
         assert part.grad is not None
@@ -87,7 +92,7 @@ def test_riemannian_gradient_against_finite_differences(pair):
         for t in (1e-3, -1e-3):
             with torch.no_grad():
                 part.copy_(exp(t * generator))
-                values.append(float(module.kl("code", batch, module.rotated())))
+                values.append(float(module.kl("code", batch, module.adapted())))
         with torch.no_grad():
             part.copy_(exp(0 * generator))
         assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=1e-3)
@@ -100,7 +105,7 @@ class Poisoned(LogitAlignment):
     seen: list[Tensor]
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        self.seen.append(self.rotations.rotations[0].detach().clone())
+        self.seen.append(turns(self).rotations[0].detach().clone())
         loss = super().training_step(batch, index)
         return loss * float("nan") if self.global_step in self.bad else loss
 
@@ -123,7 +128,7 @@ def test_a_nan_gradient_skips_its_step_and_harms_nothing(pair, tmp_path: Path):
     train(module, tmp_path, steps=6)
     moved = [not torch.equal(a, b) for a, b in zip(module.seen, module.seen[1:], strict=False)]
     assert moved == [True, True, False, False, True]
-    assert module.rotations.orthogonality_error() < 1e-6
+    assert turns(module).orthogonality_error() < 1e-6
 
 
 def test_nan_gradients_in_a_row_end_the_fit(pair, tmp_path: Path):
@@ -136,11 +141,11 @@ def test_nan_gradients_in_a_row_end_the_fit(pair, tmp_path: Path):
 def test_drift_is_projected_back(pair, tmp_path: Path):
     module = make_module(pair, steps=2)
     with torch.no_grad():
-        for part in module.rotations.rotations:
+        for part in turns(module).rotations:
             part.mul_(1.001)
-    module.rotations.rotations[0].manifold.retr = lambda x, u: x + u  # a retraction that mends nothing
+    turns(module).rotations[0].manifold.retr = lambda x, u: x + u  # a retraction that mends nothing
     train(module, tmp_path, steps=2)
-    assert module.rotations.orthogonality_error() < 1e-5
+    assert turns(module).orthogonality_error() < 1e-5
 
 
 def test_frozen_models_learn_nothing_and_are_in_no_checkpoint(pair, tmp_path: Path):
@@ -149,4 +154,4 @@ def test_frozen_models_learn_nothing_and_are_in_no_checkpoint(pair, tmp_path: Pa
     train(module, tmp_path, steps=2)
     assert all(torch.equal(weight, before[name]) for name, weight in module.student.state_dict().items())
     stored = torch.load(tmp_path / "align.ckpt", weights_only=True)
-    assert set(stored["state_dict"]) == {f"rotations.rotations.{i}" for i in range(len(module.rotations.stacks))}
+    assert set(stored["state_dict"]) == {f"family.rotations.{i}" for i in range(len(turns(module).stacks))}
