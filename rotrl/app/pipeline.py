@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rotrl.app import provenance
 from rotrl.app.prepare import Prepared, prepare
 from rotrl.app.stage import Stages, digest
+from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
 from rotrl.report.record import Record
 
@@ -52,7 +53,7 @@ class Run:
 def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any]:
     """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
     console = Console()
-    prepared = prepare(cfg)
+    prepared = as_folders(prepare(cfg))
     one_thread_for_small_matrices(prepared)
     folder = settle(prepared, folder)
     record = Record(folder / "record.json")
@@ -81,6 +82,15 @@ def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any
         raise
     finish(job)
     return record.data
+
+
+def as_folders(prepared: Prepared) -> Prepared:
+    """Adapters and padded models as folders, where a stage loads models by their folder."""
+    cfg, cache = prepared.cfg, Path(prepared.cfg["cache_dir"])
+    if not (cfg["evaluation"] or cfg["align"] or cfg["evidence"].get("function")):
+        return prepared
+    experts = {name: on_disk(model, cache) for name, model in prepared.experts.items()}
+    return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
 
 
 def settle(prepared: Prepared, given: Path | None) -> Path:

@@ -62,8 +62,10 @@ def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _sidecars(source: Checkpoint) -> dict[str, Path]:
-    """The files to copy: all of the tokenizer from one folder, the generation config from the model's own."""
-    folders = {name: source.path if name == GENERATION else source.tokenizer_folder for name in COPIED}
+    """The files to copy: the tokenizer from one folder, the generation config from the model's or its weights'."""
+    weights = sorted({info.file.parent for info in source.tensors.values()})
+    generation = next((folder for folder in (source.path, *weights) if (folder / GENERATION).is_file()), source.path)
+    folders = {name: generation if name == GENERATION else source.tokenizer_folder for name in COPIED}
     return {name: folder / name for name, folder in folders.items() if (folder / name).is_file()}
 
 

@@ -9,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rotrl.checkpoint.adapter import open_adapter
 from rotrl.checkpoint.family import open_family
+from rotrl.checkpoint.folder import on_disk
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import CheckpointError
 
@@ -118,3 +119,31 @@ def test_pickled_adapter_and_adapter_as_base(base, train):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: does not exist"):
         open_adapter(folder, open_checkpoint(base))
+
+
+def test_folder_for_engines_is_the_merged_model_and_written_once(base, train, tmp_path):
+    folder, merged = train(CONFIGS["oft"])
+    root = open_checkpoint(base)
+    expert = open_adapter(folder, root)
+    assert on_disk(root, tmp_path / "cache") is root
+    first = on_disk(expert, tmp_path / "cache")
+    assert first.sha256 == expert.sha256
+    written = (first.path / "model.safetensors").stat().st_mtime_ns
+    assert on_disk(expert, tmp_path / "cache").path == first.path
+    assert (first.path / "model.safetensors").stat().st_mtime_ns == written
+    loaded = Qwen2ForCausalLM.from_pretrained(first.path).state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-6, atol=1e-7)
+    assert (first.path / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
+def test_small_update_on_a_half_precision_base_survives(base, train, tmp_path):
+    folder, _ = train(CONFIGS["lora"])
+    half = tmp_path / "half" / "base"
+    Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    root = open_checkpoint(half)
+    expert = open_adapter(folder, root)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert expert.read(name).dtype == torch.float32
+    assert expert.read("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16
+    assert not torch.equal(expert.read(name), expert.read(name).bfloat16().float())
