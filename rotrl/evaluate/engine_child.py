@@ -17,6 +17,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     inbox: SimpleQueue[tuple] = SimpleQueue()
     order = connection.recv()
+    print(f"engine {os.getpid()} starts on {order['model']}", flush=True)
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     try:
         llm, facts = _start(**order)
