@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from rotrl.app.models import locate, locate_all
+from rotrl.app.models import locate, locate_all, open_models
 from rotrl.errors import CheckpointError
 
 
@@ -38,3 +39,21 @@ def test_every_missing_model_is_named_at_once() -> None:
         locate_all({"base": "/absent/a", "experts": {"math": "/absent/b", "code": "/absent/c"}})
     assert all(name in str(error.value) for name in ("/absent/a", "/absent/b", "/absent/c"))
     assert "\n" not in str(error.value)
+
+
+def test_choices_reach_the_models_and_controls_are_checked_like_experts(tensors, save) -> None:
+    weights = tensors(0)
+    longer = {**weights, "model.embed_tokens.weight": torch.ones(36, 16)}
+    paths = {"base": save("base", weights), "math": save("math", longer), "control": save("control", weights)}
+    models = {"base": str(paths["base"]), "experts": {"math": str(paths["math"])}}
+    cfg = {"models": models, "tokenizer_from": None, "vocab": "pad", "lm_head": "error", "nonfinite": "error"}
+    base, experts, controls = open_models(cfg)
+    assert base.config["vocab_size"] == experts["math"].config["vocab_size"] == 36
+    assert controls == {}
+    models["controls"] = {"sft": str(paths["control"])}
+    with pytest.raises(CheckpointError) as error:
+        open_models({**cfg, "vocab": "error"})
+    assert "embed_tokens.weight' has shape [36, 16], base has [32, 16]" in str(error.value)
+    models["controls"] = {"math": str(paths["control"])}
+    with pytest.raises(CheckpointError, match=r"models.controls.math has an expert's name"):
+        open_models(cfg)
