@@ -14,7 +14,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$")
 _HEAD = re.compile(r"(?:^|\.)lm_head\.weight$")
 _NORM = re.compile(r"norm\w*\.weight$")
 # For decoders of other families.
-_EMBEDDING_LIKE = re.compile(r"(?:^|\.)(?:\w*embed\w*|wpe)\.weight$")
+_EMBEDDING_LIKE = re.compile(r"(?:^|\.)(?!\w*pos)\w*embed\w*\.weight$")  # rows of positions are no tokens
 _HEAD_LIKE = re.compile(r"(?:^|\.)(?:\w*head|output|embed_out)\.weight$")
 _NORM_LIKE = re.compile(r"(?:^|[._])(?:ln|norm)\w*\.weight$")
 _NOT_DECODER = re.compile(r"vision|visual|audio|multi_modal")

@@ -195,6 +195,10 @@ def _rope(config: Mapping) -> dict:
         "rope_theta": config.get("rope_theta"),
         **(config.get("rope_scaling") or {}),
     }
+    if any(isinstance(value, Mapping) for value in found.values()):
+        return {}  # one entry per kind of layer (Gemma 3), which the older form can't say
+    if (share := config.get("partial_rotary_factor")) is not None:
+        found = {"partial_rotary_factor": share, **found}
     if "type" in found:
         found = {"rope_type": found["type"], **{key: value for key, value in found.items() if key != "type"}}
     known = {key: value for key, value in found.items() if value is not None}

@@ -126,6 +126,27 @@ def test_values_that_are_not_finite_are_read_on_request(tensors, save):
     assert opened(folders, nonfinite="allow")[1].read(EMBEDDING).isinf().sum() == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "equal"),
+    [
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, True),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, True),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}, True),
+        ({"rope_theta": 1e6}, {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, False),
+        ({"rope_theta": 1e6}, {}, True),
+    ],
+)  # fmt: skip
+def test_rope_settings_of_two_versions_of_transformers(old, new, equal, tensors, save):
+    folders = save("base", tensors(0), **old), save("expert", tensors(1), **new)
+    if equal:
+        opened(folders)
+    else:
+        with pytest.raises(CheckpointError, match=r"config rope .*yarn.*, base has"):
+            opened(folders)
+
+
 @pytest.mark.parametrize("key", ["vocab", "lm_head", "nonfinite", "tokenizer_from"])
 def test_unknown_choice(key, pair):
     with pytest.raises(ConfigError, match=f"{key} is 'x', one of "):
