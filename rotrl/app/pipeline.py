@@ -29,6 +29,7 @@ class Run:
     record: Record
     stages: Stages
     console: Console
+    files: dict[str, Path] | None = None  # samples of the experts, once a stage has asked for them
 
     @property
     def cfg(self) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def one_thread_for_small_matrices(prepared: Prepared) -> None:
 
 
 def evidence(job: Run) -> None:
-    """Lineage and geometry: what the weights alone say."""
+    """Lineage and geometry: what the weights alone say; function: what parts of the updates do."""
     settings, models = job.cfg["evidence"], job.prepared
     packages = ("linalg", "checkpoint", "evidence")
     if settings.get("lineage"):
@@ -143,19 +144,31 @@ def evidence(job: Run) -> None:
                 return stage(models.base, tuned, out / "evidence", **shared)
 
         job.record.data["geometry"] = job.stages.run("geometry", inputs, packages, measure)
+    if settings.get("function"):
+        files = rollouts(job) or {}
+        chosen = {key: value for key, value in settings["function"].items() if key != "samples"}
+        inputs = [chosen, models.weights, {n: file_hash(f) for n, f in files.items()}, job.cfg["seed"]]
+
+        def test(out: Path) -> dict[str, Any]:
+            with job.bar("function") as progress:
+                stage = instantiate(chosen, _convert_="all")
+                shared = {"rollouts": files, "seed": job.cfg["seed"], "progress": progress}
+                return stage(models.base, models.experts, out / "evidence", **shared)
+
+        job.record.data["function"] = job.stages.run("function", inputs, (*packages, "align"), test)
 
 
 def rollouts(job: Run) -> dict[str, Path] | None:
-    """Samples of every teacher on its own prompts, made once by vLLM and kept by weight hash."""
+    """Samples of every expert that a stage needs, on its own prompts, made once by vLLM and kept by weight hash."""
     models = job.prepared
-    if not models.prompts:
-        return None
+    if not models.prompts or job.files:
+        return job.files
     import torch
 
     from rotrl.evaluate.engine import close_shared_engine
     from rotrl.evaluate.rollouts import rollouts as sample
 
-    settings = job.cfg["align"]["samples"]
+    settings = models.samples or {}
     start = time.monotonic()
     with job.bar("rollouts") as progress:
         files = sample(
@@ -175,6 +188,7 @@ def rollouts(job: Run) -> dict[str, Path] | None:
     job.stages.record(
         "rollouts", digest({n: file_hash(f) for n, f in files.items()}), time.monotonic() - start, reused=False
     )
+    job.files = files
     return files
 
 

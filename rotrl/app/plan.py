@@ -55,7 +55,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _stages(cfg: Mapping[str, Any], labels: list[str], console: Console) -> None:
-    evidence = [key for key in ("lineage", "geometry") if cfg["evidence"].get(key)]
+    evidence = [key for key in ("lineage", "geometry", "function") if cfg["evidence"].get(key)]
     align = cfg["align"]
     target = align["_target_"].rsplit(".", 1)[-1] if align else "none"
     console.print("[bold]stages[/bold]")

@@ -63,6 +63,16 @@ class Prepared:
         chosen = self.cfg["align"].get("teachers", "all")
         return list(self.experts) if chosen == "all" else list(chosen)
 
+    @property
+    def samples(self) -> dict[str, Any] | None:
+        """How experts are sampled, where alignment or the evidence's function needs it; both read the same files."""
+        function = self.cfg["evidence"].get("function") or {}
+        return (self.cfg["align"] or {}).get("samples") or function.get("samples")
+
+    def sampled(self) -> list[str]:
+        """The experts that are sampled: the teachers, or all for the evidence's function."""
+        return list(self.experts) if self.cfg["evidence"].get("function") else self.teachers()
+
 
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
@@ -139,17 +149,16 @@ def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
 
 
 def load_prompts(prepared: Prepared) -> dict[str, Task]:
-    """The training prompts of each teacher, where alignment works on samples."""
+    """The training prompts of each expert that is sampled."""
     from hydra.utils import instantiate
 
-    align = prepared.cfg["align"]
-    if align is None or not align.get("samples"):
+    if not prepared.samples:
         return {}
     given = prepared.cfg["models"].get("prompts") or {}
     prompts = {}
-    for name in prepared.teachers():
+    for name in prepared.sampled():
         if name not in given:
-            raise ConfigError(f"models.prompts.{name} is not set: align samples {name!r} on it (a jsonl or a task)")
+            raise ConfigError(f"models.prompts.{name} is not set: {name!r} is sampled on it (a jsonl or a task)")
         node = given[name]
         prompts[name] = custom(node) if isinstance(node, str) else instantiate(node)
     return prompts

@@ -66,6 +66,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "verdicts": {
             "Lineage": words.lineage_words(record)[:1],
             "Geometry": words.geometry_words(record),
+            "Function": words.function_words(record),
             "Merges": words.merge_words(table, record),
         },
         "table": table,

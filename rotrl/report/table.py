@@ -12,6 +12,7 @@ from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Row, Standings, number, standings
 from rotrl.report.sweep import as_one_record
 from rotrl.report.words import (
+    function_words,
     geometry_words,
     lineage_words,
     merge_words,
@@ -45,7 +46,8 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     table = standings(record)
     if record.get("status") not in (None, "done"):
         _say(console, {str(record["status"]): [str(record.get("error") or "the run has not ended")]}, "red")
-    _say(console, {"lineage": lineage_words(record), "geometry": geometry_words(record)})
+    told = {"lineage": lineage_words(record), "geometry": geometry_words(record), "function": function_words(record)}
+    _say(console, told)
     if table.rows:
         console.print(_scores(table, console, "scores"))
         _say(console, {"merges": merge_words(table, record)})

@@ -49,6 +49,12 @@ def consequences(record: Mapping[str, Any]) -> list[str]:
     return [f"{family}: {sentence}" for family, sentence in found.items()]
 
 
+def function_words(record: Mapping[str, Any]) -> list[str]:
+    """What the parts of the updates do, by KL to the expert."""
+    words = (record.get("function") or {}).get("words")
+    return [str(words)] if words else []
+
+
 def geometry_words(record: Mapping[str, Any]) -> list[str]:
     """The stage's verdict, then the group of matrices nearest to a rotation, with its null beside it."""
     geometry = record.get("geometry") or {}

@@ -1,0 +1,85 @@
+"""Parts of an update: they add up, cost what they should, and are what they are called."""
+
+import pytest
+import torch
+
+from rotrl.evidence.nulls import seeded
+from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Matrix, dose, nothing, whole
+from rotrl.linalg.spectrum import basis, coordinates
+from rotrl.linalg.tangent import tangent_projection
+
+SHAPES = [(12, 12), (6, 15), (15, 6)]
+SIDES = ["small", "left", "right"]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(params=[(shape, side) for shape in SHAPES for side in SIDES], ids=str)
+def case(request):
+    shape, side = request.param
+    W0, D = random(*shape), 0.1 * random(*shape, seed=1)
+    one_sided = side if side != "small" else "left" if shape[0] < shape[1] else "right"
+    return W0, D, Matrix(basis(W0), W0, D, side), one_sided
+
+
+def updates(x, seed=0):
+    named = {**SINGLE, **DRAWN, **SWAPS, "nothing": nothing, "whole": whole}
+    return {name: x.update(variant, seeded(seed, name)) for name, variant in named.items()}
+
+
+def test_energies_are_equal_where_they_should_be(case):
+    W0, D, x, side = case
+    found = updates(x)
+    assert all(change.shape == D.shape for change in found.values())
+    assert torch.equal(found["whole"], D)
+    assert not found["nothing"].any()
+    assert torch.allclose(found["tangent"], tangent_projection(W0, D, side=side))
+    assert torch.allclose(found["tangent"] + found["complement"], D)
+    energy = found["tangent"].norm()
+    for name in ("random", "part", "scaled"):
+        assert found[name].norm() == pytest.approx(float(energy)), name
+    for swap in ("vectors", "values"):
+        moved, control = ((D if swap == "vectors" else 0) - found[name] for name in (swap, f"{swap}_control"))
+        assert moved.norm() == pytest.approx(float(control.norm())), swap
+
+
+def test_random_is_a_rotation_with_the_energy_of_the_update_in_every_plane(case):
+    W0, D, x, side = case
+    drawn = x.update(DRAWN["random"], seeded(0))
+    assert torch.allclose(tangent_projection(W0, drawn, side=side), drawn, atol=1e-10)
+    before, after = coordinates(W0, tangent_projection(W0, D, side=side)), coordinates(W0, drawn)
+    assert torch.allclose(before.T.abs(), after.T.abs(), atol=1e-10)
+    assert torch.allclose(before.below + before.beside, after.below + after.beside, atol=1e-10)
+    many = torch.stack([x.update(DRAWN["random"], seeded(i)) for i in range(300)])
+    cosine = (many * D).sum((-2, -1)) / (many[0].norm() * D.norm())
+    assert abs(cosine.mean()) < 4 * cosine.std() / 300**0.5
+
+
+def test_finite_rotation_and_swaps_are_what_they_are_called(case):
+    W0, D, x, side = case
+    found, frame, after = updates(x), basis(W0), basis(W0 + D)
+    for t in (0.25, 1.25):
+        turned = W0 + x.update(dose(t, rotated=True), seeded(0))
+        gram = (lambda W: W.mT @ W) if side == "left" else (lambda W: W @ W.mT)
+        assert torch.allclose(gram(turned), gram(W0), atol=1e-10)
+        assert torch.allclose(x.update(dose(t, rotated=False), seeded(0)), t * D)
+    assert torch.allclose(x.update(dose(1.0, rotated=True), seeded(0)), found["rotation"], atol=1e-10)
+    assert (found["rotation"] - found["tangent"]).norm() < 0.3 * found["tangent"].norm()
+    assert torch.allclose(basis(W0 + found["vectors"]).s, frame.s)
+    assert torch.allclose(W0 + found["vectors"], after.U @ torch.diag(frame.s) @ after.V.mT)
+    assert torch.allclose(W0 + found["values"], frame.U @ torch.diag(after.s) @ frame.V.mT)
+    assert coordinates(W0, found["values_control"]).T.diagonal().abs().max() < 1e-10
+
+
+def test_a_part_keeps_what_points_along_the_update(case):
+    _, D, x, _ = case
+    part = x.update(DRAWN["part"], seeded(0))
+    assert (part * D).sum() / (part.norm() * D.norm()) > 0.2
+
+
+def test_an_unmoved_matrix_stays(case):
+    W0, D, _, _ = case
+    x = Matrix(basis(W0), W0, torch.zeros_like(D), "small")
+    assert all(not change.any() for change in updates(x).values())
