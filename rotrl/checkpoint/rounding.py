@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic")
+PIECE = 1 << 24  # values at a time: half a dozen float32 copies of an embedding would be more than the merge itself
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, rounding: str, key: str) -> Tensor:
@@ -14,15 +15,18 @@ def cast(tensor: Tensor, dtype: torch.dtype, rounding: str, key: str) -> Tensor:
     Stochastic rounding (arXiv 2010.06192) goes to the farther neighbour with probability error over step. The draw
     is seeded by `key`: equal tensors of equal names round alike. Dtypes of 32 bits or more are not rounded.
     """
-    nearest = tensor.to(dtype)
     if rounding == "nearest" or dtype.itemsize >= 4:
-        return nearest
+        return tensor.to(dtype)
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)).to(tensor.device)
-    exact = tensor.float()
+    generator = torch.Generator().manual_seed(seed)
+    pieces = tensor.float().reshape(-1).split(PIECE)
+    return torch.cat([_drawn(piece, dtype, generator) for piece in pieces]).reshape(tensor.shape)
+
+
+def _drawn(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    nearest = exact.to(dtype)
     error = exact - nearest.float()
-    toward = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
-    other = torch.nextafter(nearest, toward)
-    step = (other.float() - nearest.float()).abs()
-    moves = (error != 0) & other.isfinite() & (noise < error.abs() / step)
-    return torch.where(moves, other, nearest)
+    other = torch.nextafter(nearest, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
+    share = error.abs() / (other.float() - nearest.float()).abs()
+    draw = torch.rand(exact.shape, generator=generator).to(exact.device)
+    return torch.where((error != 0) & other.isfinite() & (draw < share), other, nearest)
