@@ -1,10 +1,12 @@
 """Families that are no rotations, each the control of what a rotation contributes. W is the source's weight."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rotrl.align.adapter import save_lora
 from rotrl.align.family import Family, stacked
 from rotrl.errors import ConfigError
 
@@ -38,6 +40,9 @@ class LowRank(Family):
             for index, names in enumerate(self.shapes)
             for row, name in enumerate(names)
         }
+
+    def save_adapter(self, folder: Path, source: str | None) -> None:
+        save_lora(folder, self.factors(), source)
 
 
 class Free(Family):

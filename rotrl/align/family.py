@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rotrl.align.adapter import save_oft
 from rotrl.checkpoint.rotations import Delta, Rotation
 
 
@@ -70,6 +72,10 @@ class Family(nn.Module, ABC):
             for index, names in enumerate(self.shapes)
             for name, delta in zip(names, (self.adapt(index) - self.weights(index)).unbind(), strict=True)
         }
+
+    def save_adapter(self, folder: Path, source: str | None) -> None:
+        """Writes a PEFT adapter; ConfigError where PEFT has none of the kind."""
+        save_oft(folder, self.export(), source)
 
     def details(self) -> dict[str, dict[str, float]]:
         """Further columns of align.csv by tensor."""

@@ -95,14 +95,14 @@ def lora(
 
 
 def free(
-    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 1e-3, **shared: Any
+    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 2e-4, **shared: Any
 ) -> dict[str, Any]:
     """Every entry of every linear map learns: distillation without a constraint."""
     return learn(base, experts, out, "free", lambda problem, models: Free(problem.matrices), {"lr": lr}, **shared)
 
 
 def coefficients(
-    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 2e-2, **shared: Any
+    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 5e-2, **shared: Any
 ) -> dict[str, Any]:
     """`W + sum_k c_k (W_k - W_base)`: one scalar per expert and matrix, the cheapest learned merge.
 

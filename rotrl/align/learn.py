@@ -52,13 +52,15 @@ def learn(
     max_tokens: int | None = None,
     heldout: float = 0.1,
     checkpoint_every: int = 20,
+    adapter: bool = False,
 ) -> dict[str, Any]:
     """Changes the linear maps of the source within a family so that the model speaks like the teachers.
 
     Minimises `mean_k KL(teacher_k || adapted) + angle_prior sum ||log R||^2`, each teacher on its own samples: one
     teacher is an alignment, several are multi-teacher distillation, which is a learned merge. Writes
     rotations.safetensors or deltas.safetensors and align.csv into `out`; an interrupted call, made again, continues
-    from `out/align.ckpt`. `hyper` is what the family was made from, with its lr.
+    from `out/align.ckpt`. `adapter` adds a PEFT adapter of the source. `hyper` is what the family was made from, with
+    its lr.
 
     KL is in nats per token on problems held out from the fit: `kl_before` of the source, `kl_after` adapted. Angles
     are in degrees. `explained` and `closed_form` are the shares of |source - mean teacher|^2 that the learned weights
@@ -92,6 +94,8 @@ def learn(
             angle_prior=hyper.get("angle_prior", 0.0),
             identity=identity,
         )
+        if adapter:
+            module.family.save_adapter(out / "adapter", problem.folder)
         before = measure(engine, module)
         if hyper.get("init") == "procrustes":
             if not closed or not isinstance(module.family, Rotations):
@@ -102,6 +106,8 @@ def learn(
         after = measure(engine, module)
     result = module.family.cpu()
     learned, details = result.export(), result.details()
+    if adapter:
+        result.save_adapter(out / "adapter", problem.folder)
     summary = write_results(out, problem, learned, models, family, "logits", closed=closed, details=details)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return summary | {

@@ -17,11 +17,15 @@ from rotrl.linalg.procrustes import procrustes
 
 @dataclass(frozen=True)
 class Problem:
-    """`state` holds every tensor of the source; `spec` says what it is, as in the metadata of a rotations file."""
+    """`state` holds every tensor of the source; `spec` says what it is, as in the metadata of a rotations file.
+
+    `folder` holds the source, None for a merge that stands nowhere.
+    """
 
     spec: dict[str, Any]
     state: dict[str, Tensor]
     teachers: dict[str, Checkpoint]
+    folder: str | None = None
 
     @property
     def matrices(self) -> dict[str, Tensor]:
@@ -75,8 +79,9 @@ def pose(
         spec = dict(start)
         return Problem({"merge": spec}, merge_state(base, dict(experts), bind(spec, list(experts))), chosen)
     if source == "base":
-        return Problem({"model": "base"}, {name: base.read(name) for name in base.tensors}, chosen)
+        return Problem({"model": "base"}, {name: base.read(name) for name in base.tensors}, chosen, str(base.path))
     if source not in experts:
         raise ConfigError(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
     expert = experts[source]
-    return Problem({"expert": source}, {name: expert.read(name) for name in expert.tensors}, chosen)
+    state = {name: expert.read(name) for name in expert.tensors}
+    return Problem({"expert": source}, state, chosen, str(expert.path))
