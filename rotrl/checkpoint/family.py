@@ -129,7 +129,7 @@ def _untied(model: Checkpoint, head: str) -> Checkpoint:
 
 def _tied(model: Checkpoint, head: str) -> Checkpoint:
     embedding = named(model, "embedding")
-    if head in model.tensors and embedding and not torch.equal(model._view(head), model._view(embedding)):
+    if head in model.tensors and embedding and not torch.equal(model.view(head), model.view(embedding)):
         raise CheckpointError(
             f"{model.tensors[head].file}: tensor '{head}' differs from '{embedding}', tying would lose it; "
             "use lm_head=untie"
@@ -165,7 +165,7 @@ def _padded(model: Checkpoint, donor: Checkpoint) -> Checkpoint:
 
     def more(name: str) -> Callable[[Tensor], Tensor]:
         lender = name if name in donor.tensors else embedding
-        return lambda tensor: torch.cat([tensor, donor._view(lender)[len(tensor) :].to(tensor)])
+        return lambda tensor: torch.cat([tensor, donor.view(lender)[len(tensor) :].to(tensor)])
 
     return _resized(model, rows, more)
 

@@ -53,7 +53,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor in its dtype, own memory. Raises CheckpointError on NaN or Inf unless these are allowed."""
-        tensor = self._view(name).clone()
+        tensor = self.view(name).clone()
         if self.finite and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
@@ -65,13 +65,14 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Digest of names, dtypes, shapes and bytes: the same however the weights are sharded."""
-        return weights_digest({name: tensor_digest(self._view(name)) for name in self.tensors})
+        return weights_digest({name: tensor_digest(self.view(name)) for name in self.tensors})
 
     @property
     def tokenizer_folder(self) -> Path:
         return self.tokenizer or self.path
 
-    def _view(self, name: str) -> Tensor:
+    def view(self, name: str) -> Tensor:
+        """The tensor unchecked. As the file holds it its pages are read when touched and are no memory of our own."""
         info = self.tensors[name]
         try:
             if self.stamps.get(info.file, ()) not in ((), stamp(info.file)):
@@ -90,9 +91,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest = tensor_hash(tensor)
     digest.update(tensor_bytes(tensor))
     return digest.digest()
+
+
+def tensor_hash(tensor: Tensor) -> "hashlib._Hash":
+    """The SHA-256 of a tensor before its bytes."""
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
 
 
 def weights_digest(digests: Mapping[str, bytes]) -> str:
@@ -154,7 +160,7 @@ def _with_one_head(model: Checkpoint) -> Checkpoint:
         )
     if not (tied and head and embedding):
         return model
-    if not torch.equal(model._view(head), model._view(embedding)):
+    if not torch.equal(model.view(head), model.view(embedding)):
         raise CheckpointError(
             f"{model.tensors[head].file}: tensor '{head}' differs from '{embedding}' and config.json ties them "
             "(tie_word_embeddings is true); set it to false or remove the head"

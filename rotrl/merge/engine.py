@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rotrl.checkpoint.rounding import ROUNDINGS, cast
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
 from rotrl.checkpoint.writer import AlreadyPublished, staging, write_manifest, write_weights
 from rotrl.errors import ConfigError, NumericsError
+from rotrl.merge.chunks import ENTRIES, finite, keep_freed_memory
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
 from rotrl.merge.method import Method
@@ -27,7 +28,7 @@ from rotrl.merge.target import check_space, fingerprint, reusable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_LIMIT = 0.01
 PROBES = 8
-NUMBERS = 1  # raised whenever the same configuration gives other numbers than before
+NUMBERS = 2  # raised whenever the same configuration gives other numbers than before
 
 
 def plan_merge(
@@ -44,6 +45,10 @@ def plan_merge(
     for name, expert in experts.items():
         if _stored(expert) != stored:
             warnings.append(f"expert {name} is stored in {_word(_stored(expert))}, the base in {_word(stored)}")
+    held = [
+        min(size, ENTRIES) if method.by_rows(roles[name], len(base.tensors[name].shape)) else size
+        for name, size in sizes.items()
+    ]
     return {
         "tensors": dict(Counter(role.module for role in roles.values())),
         "by_method": len(acted),
@@ -53,7 +58,7 @@ def plan_merge(
         "dtype": dtype,
         "scale": method.scale,
         "passes": method.passes,
-        "peak_bytes": max(sizes.values()) * 4 * (2 * len(experts) + 4),
+        "peak_bytes": max(held) * 4 * (2 * len(experts) + 4),
         "warnings": warnings,
     }
 
@@ -63,7 +68,7 @@ def merge_state(
 ) -> dict[str, Tensor]:
     """The merged tensors in float32, all in memory."""
     merger = Merger(base, experts, method, rotations)
-    return {name: merger(name)[2] for name in base.tensors}
+    return {name: torch.cat([merged for _, _, merged in merger.parts(name)]) for name in base.tensors}
 
 
 def merge(
@@ -198,33 +203,34 @@ def _stream(
     folder: Path, merger: Merger, dtype: torch.dtype, rounding: str, progress: Callable[[int, int], None] | None
 ) -> tuple[Measure, str, dict[str, str]]:
     measure, done = Measure(list(merger.experts)), 0
+    keep_freed_memory()
 
-    def tensor_of(name: str) -> Tensor:
+    def parts_of(name: str) -> Iterator[Tensor]:
         nonlocal done
-        stored = _measured(merger, name, dtype, rounding, measure)
+        yield from _measured(merger, name, dtype, rounding, measure)
         done += 1
         if progress is not None:
             progress(done, len(merger.base.tensors))
-        return stored
 
     shapes = {name: info.shape for name, info in merger.base.tensors.items()}
-    sha256, files = write_weights(folder, shapes, dtype, tensor_of)
+    sha256, files = write_weights(folder, shapes, dtype, parts_of)
     return measure, sha256, files
 
 
-def _measured(merger: Merger, name: str, dtype: torch.dtype, rounding: str, measure: Measure) -> Tensor:
-    base, experts, merged = merger(name)
-    stored = cast(merged, dtype, rounding, name)
-    if merger.base.finite and not stored.isfinite().all():
-        raise NumericsError(f"tensor '{name}': values overflow {_word(dtype)}; use dtype=float32")
-    measure.add(base, experts, merged, stored)
-    return stored
+def _measured(merger: Merger, name: str, dtype: torch.dtype, rounding: str, measure: Measure) -> Iterator[Tensor]:
+    for number, (base, experts, merged) in enumerate(merger.parts(name)):
+        stored = cast(merged, dtype, rounding, f"{name} {number}" if number else name)
+        if merger.base.finite and stored.itemsize < merged.itemsize and not finite(stored):
+            raise NumericsError(f"tensor '{name}': values overflow {_word(dtype)}; use dtype=float32")
+        measure.add(base, experts, merged, stored)
+        yield stored
 
 
 def _loss(merger: Merger, names: Sequence[str], dtype: torch.dtype, rounding: str) -> float:
     measure = Measure(list(merger.experts))
     for name in names:
-        _measured(merger, name, dtype, rounding, measure)
+        for _ in _measured(merger, name, dtype, rounding, measure):
+            pass
     return measure.storage_loss
 
 

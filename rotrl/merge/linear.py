@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rotrl.errors import ConfigError
-from rotrl.merge.types import Pair
+from rotrl.merge.summary import Gram
+from rotrl.merge.types import Pair, Rows
 
 
 def linear(
-    base: Tensor, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True
+    base: Rows, experts: Sequence[Tensor], *, weights: Sequence[float] | None = None, normalize: bool = True
 ) -> Tensor:
     """Weighted average `sum w_i W_i / sum w_i`, without the division if not `normalize`. arXiv 2203.05482.
 
@@ -22,46 +23,50 @@ def linear(
 
 
 def task_arithmetic(
-    base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0, weights: Sequence[float] | None = None
+    base: Rows, experts: Sequence[Tensor], *, scale: float = 1.0, weights: Sequence[float] | None = None
 ) -> Tensor:
     """`W0 + scale sum w_i d_i`. arXiv 2212.04089."""
     return base + scale * weighted_sum([expert - base for expert in experts], weights)
 
 
 def extrapolation(
-    base: Tensor, experts: Sequence[Tensor], *, alpha: float = 0.1, weights: Sequence[float] | None = None
+    base: Rows, experts: Sequence[Tensor], *, alpha: float = 0.1, weights: Sequence[float] | None = None
 ) -> Tensor:
     """ExPO: `W + alpha (W - W0)` beyond the expert W, or beyond the weighted mean of several. arXiv 2404.16792."""
     mean = linear(base, experts, weights=weights)
     return mean + alpha * (mean - base)
 
 
-def interpolation(base: Tensor, experts: Pair, *, t: float = 0.5) -> Tensor:
+def interpolation(base: Rows, experts: Pair, *, t: float = 0.5) -> Tensor:
     """`W_1 + t (W_2 - W_1)`: the chord from the first expert to the second, which the geodesic bends."""
     first, second = experts
     return first + t * (second - first)
 
 
-def model_stock(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+def model_stock(base: Rows, experts: Sequence[Tensor], *, summary: Gram | None = None) -> Tensor:
     """`W0 + t mean d_i` with `t = T cos / (1 + (T - 1) cos)`, cos the mean cosine of pairs of d_i. arXiv 2403.19522.
 
     One t for each tensor. A single expert is kept as it is (t = 1).
     """
-    d = torch.stack([(expert - base).double().flatten() for expert in experts])
     count = len(experts)
     if count == 1:
         return experts[0].clone()
-    unit = d / d.norm(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
-    cosine = ((unit @ unit.mT).sum() - unit.square().sum()) / (count * (count - 1))
+    summary = summary or Gram.of([(base, experts)], {})
+    assert summary is not None
+    inner = summary.inner[1:, 1:]
+    lengths = inner.diagonal().sqrt().clamp(min=torch.finfo(inner.dtype).tiny)
+    unit = inner / lengths[:, None] / lengths
+    cosine = float((unit.sum() - unit.trace()) / (count * (count - 1)))
     t = count * cosine / (1 + (count - 1) * cosine)
-    return base + (t * d.mean(0)).reshape(base.shape).to(base)
+    return base.add(weighted_sum([expert - base for expert in experts]), alpha=t / count)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """`sum w_i x_i`, w_i = 1 by default."""
-    total = torch.zeros_like(tensors[0])
-    for tensor, weight in zip(tensors, weights or [1.0] * len(tensors), strict=True):
-        total = total.add(tensor, alpha=weight)
+    w = weights or [1.0] * len(tensors)
+    total = tensors[0] * w[0]
+    for tensor, weight in zip(tensors[1:], w[1:], strict=True):
+        total = total.add_(tensor, alpha=weight)
     return total
 
 

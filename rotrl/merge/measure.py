@@ -17,13 +17,18 @@ class Measure:
         self.lost = 0.0
 
     def add(self, base: Tensor, experts: Sequence[Tensor], merged: Tensor, stored: Tensor) -> None:
-        """Adds one tensor: base, experts and merge in float32, and the merge in the dtype that is stored."""
-        d = torch.stack([(tensor - base).flatten() for tensor in (*experts, merged)])
-        gram = (d @ d.mT).double().cpu()
-        self.gram += gram[:-1, :-1]
-        self.products += gram[-1, :-1]
-        self.energy += float(gram[-1, -1])
-        self.lost += float((stored.to(merged) - merged).square().sum(dtype=torch.float64))
+        """Adds a tensor or some rows: base, experts and merge in float32, and the merge in the dtype that is stored."""
+        vectors = [(tensor - base).flatten() for tensor in (*experts, merged)]
+        for i, x in enumerate(vectors[:-1]):
+            for j, y in enumerate(vectors[: i + 1]):
+                product = float(torch.dot(x, y))
+                self.gram[i, j] += product
+                if i != j:
+                    self.gram[j, i] += product
+            self.products[i] += float(torch.dot(x, vectors[-1]))
+        self.energy += float(torch.dot(vectors[-1], vectors[-1]))
+        lost = (stored.to(merged) - merged).flatten()
+        self.lost += float(torch.dot(lost, lost))
 
     def norm_of(self, expert: str) -> float:
         """|d_i| of an expert."""

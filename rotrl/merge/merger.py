@@ -1,7 +1,7 @@
 """The tensors of one merge, each made when asked for; streaming and in-memory merges are loops over it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,14 +11,16 @@ from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
+from rotrl.merge.chunks import Chunks, finite
 from rotrl.merge.method import Method, bind
+from rotrl.merge.scale import Merged
 from rotrl.merge.statistics import Statistics
 
 Source = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
 
 class Merger:
-    """Checks all that headers can tell, then gives base, experts and merge of a tensor by its name."""
+    """Checks all that headers can tell, then gives base, experts and merge of a tensor by its name, piece by piece."""
 
     def __init__(
         self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, rotations: Path | None = None
@@ -47,34 +49,44 @@ class Merger:
             self._check(self.rotations)
             self._source = self._source_of(self.rotations)
 
-    def __call__(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Base, experts and merge in float32. NumericsError names the tensor."""
-        base, experts = self._read(name)
+    def parts(self, name: str) -> Iterator[Merged]:
+        """Base, experts and merge of a tensor in float32, in consecutive pieces of rows. NumericsError names it."""
+        pieces = self._pieces(name)
         try:
-            merged = self.merged(name, base, experts)
-            if self.base.finite and not merged.isfinite().all():
-                raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
+            for base, experts, merged in self._merge(name, pieces):
+                if self.base.finite and not finite(merged):
+                    raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
+                yield base, experts, merged
         except NumericsError as error:
+            for model in (self.base, *self.experts.values()):
+                model.read(name)  # names the file if its values are to blame
             raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error
-        return base, experts, merged
 
     def merged(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """The merge of tensors that were read already."""
-        layer = self.roles[name].layer
-        return self.method(
+        """The merge of whole tensors that were read already."""
+        return next(self._merge(name, [(base, experts)]))[2]
+
+    def _merge(self, name: str, pieces: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Iterator[Merged]:
+        role, dims = self.roles[name], len(self.base.tensors[name].shape)
+        if self._under is not None and not self.method.acts_on(role, dims):
+            return self._under._merge(name, pieces)
+        base, experts = pieces[0]
+        return self.method.merge(
             name,
-            self.roles[name],
-            base,
-            experts,
-            depth=None if layer is None else layer / max(1, self._last_layer),
+            role,
+            pieces,
+            depth=None if role.layer is None else role.layer / max(1, self._last_layer),
             rotation=self.rotations.get(name) if self.rotations else None,
             source=self._source(name, base, experts) if self._source else None,
             merged=self._under.merged(name, base, experts) if self._under else None,
             statistics=self._statistics,
         )
 
-    def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        return self.base.read(name).float(), [expert.read(name).float() for expert in self.experts.values()]
+    def _pieces(self, name: str) -> Chunks:
+        base, experts = self.base.view(name), [expert.view(name) for expert in self.experts.values()]
+        return Chunks(
+            base, experts, whole=not self.method.by_rows(self.roles[name], base.ndim), checked=self.base.finite
+        )
 
     @cached_property
     def _statistics(self) -> Statistics | None:
@@ -82,7 +94,8 @@ class Merger:
         statistics = self.method.statistics()
         if statistics is not None:
             for name in self.acted:
-                statistics.add(*self._read(name))
+                for base, experts in self._pieces(name):
+                    statistics.add(base, experts)
         return statistics
 
     def _check(self, rotations: RotationsFile) -> None:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
@@ -15,12 +15,13 @@ from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
 from rotrl.merge.check import per_layer_of, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
-from rotrl.merge.scale import at_scale
+from rotrl.merge.scale import Merged, at_scale
 from rotrl.merge.statistics import Statistics
-from rotrl.merge.types import Matrix, Pair
+from rotrl.merge.summary import Summary
+from rotrl.merge.types import Matrix, Pair, Rows
 
 SCOPES = ("matrices", "all")
-GIVEN = ("rotation", "source", "merged", "statistics")  # by the engine, not by the configuration
+GIVEN = ("rotation", "source", "merged", "statistics", "summary")  # by the engine, not by the configuration
 ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 
 
@@ -75,44 +76,76 @@ class Method:
             return role.is_matrix
         return dims == 2 or get_type_hints(self.function, include_extras=True).get("base") != Matrix
 
-    def __call__(
+    def by_rows(self, role: Role, dims: int) -> bool:
+        """Whether a tensor of two or more dimensions can be merged in pieces of rows."""
+        if not self.acts_on(role, dims):
+            return dims > 1 and (self.of is None or self.of.by_rows(role, dims))
+        return dims > 1 and get_type_hints(self.function, include_extras=True).get("base") == Rows
+
+    def __call__(self, tensor: str, role: Role, base: Tensor, experts: Sequence[Tensor], **given: Any) -> Tensor:
+        """The merge of a whole tensor; what is `given` as in `merge`."""
+        [(_, _, merged)] = self.merge(tensor, role, [(base, experts)], **given)
+        return merged
+
+    def merge(
         self,
         tensor: str,
         role: Role,
-        base: Tensor,
-        experts: Sequence[Tensor],
+        pieces: Sequence[tuple[Tensor, Sequence[Tensor]]],
         *,
         depth: float | None = None,
         rotation: Rotation | Delta | None = None,
         source: Tensor | None = None,
         merged: Tensor | None = None,
         statistics: Statistics | None = None,
-    ) -> Tensor:
-        """The merged tensor, by the function or, out of its scope, by `of` or the linear rule at the same scale.
+    ) -> Iterator[Merged]:
+        """Base, experts and merge of each piece, by the function or, out of its scope, by `of` or the linear rule.
 
-        `depth` goes from 0 at the first layer to 1 at the last.
+        The linear rule has the same scale. The pieces are consecutive rows if `by_rows`, else one whole tensor. `depth`
+        goes from 0 at the first layer to 1 at the last.
         """
         hyper = self.hyper | {
             key: value_at(values, self.hyper.get(key), tensor, role, depth) for key, values in self.per_layer.items()
         }
-        if not self.acts_on(role, base.ndim):
-            return merged if merged is not None else _linear_rule(base, experts, hyper)
+        base, experts = pieces[0]
+        if self.acts_on(role, base.ndim):
+            function, parameters = self.function, self._parameters
+        elif merged is not None:
+            yield base, experts, merged
+            return
+        else:
+            function, hyper = _linear_rule(hyper)
+            parameters = inspect.signature(function).parameters
         given = {"rotation": rotation, "source": source, "merged": merged, "statistics": statistics}
-        hyper |= {key: given[key] for key in GIVEN if key in self._parameters}
-        if "seed" in hyper:
-            hyper["seed"] = tensor_seed(hyper["seed"], tensor)
-        return at_scale(self.function, base, experts, hyper)
+        hyper |= {key: given[key] for key in given if key in parameters}
+        if "summary" in parameters:
+            hyper["summary"] = _summary(function).of(pieces, hyper)
+
+        seed = hyper.get("seed", 0)
+
+        def of_pieces(hyper: dict[str, Any]) -> Iterator[Merged]:
+            for number, (base, experts) in enumerate(pieces):
+                if "seed" in hyper:
+                    hyper = hyper | {"seed": tensor_seed(seed, f"{tensor} {number}" if number else tensor)}
+                yield base, experts, function(base, experts, **hyper)
+
+        yield from at_scale(of_pieces, len(experts), hyper)
 
     @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.function).parameters
 
 
-def _linear_rule(base: Tensor, experts: Sequence[Tensor], hyper: Mapping[str, Any]) -> Tensor:
+def _linear_rule(hyper: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
     if "t" in hyper:
-        return interpolation(base, (experts[0], experts[1]), t=hyper["t"])
+        return interpolation, {"t": hyper["t"]}
     known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
-    return at_scale(task_arithmetic if "scale" in known else linear, base, experts, known)
+    return task_arithmetic if "scale" in known else linear, known
+
+
+def _summary(function: Callable[..., Tensor]) -> type[Summary]:
+    hint = get_type_hints(function)["summary"]
+    return next(kind for kind in (*get_args(hint), hint) if hasattr(kind, "of"))
 
 
 def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:

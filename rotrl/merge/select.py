@@ -9,13 +9,13 @@ from torch import Tensor
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import elect, largest
 from rotrl.merge.statistics import Overlap, active
-from rotrl.merge.types import Density, NonNegative, Within
+from rotrl.merge.types import Density, NonNegative, Rows, Within
 
 Weights = Sequence[float] | None
 
 
 def consensus(
-    base: Tensor,
+    base: Rows,
     experts: Sequence[Tensor],
     *,
     k: Annotated[int, Within(1)] = 2,
@@ -83,7 +83,7 @@ def ram_plus(
     return base + scale * _shared_mean(base, experts, threshold, relative, factors)
 
 
-def magmax(base: Tensor, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
+def magmax(base: Rows, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     """`W0 + scale d` with in every entry the d_i of largest magnitude, the mean of equally large. arXiv 2407.06322."""
     d = torch.stack([expert - base for expert in experts])
     chosen = d.abs() == d.abs().amax(0)

@@ -24,6 +24,9 @@ class Within:
 Matrix = Annotated[Tensor, "out x in"]
 """The base of a method that acts on 2-D tensors only; all others go by the linear rule."""
 
+Rows = Annotated[Tensor, "rows"]
+"""The base of a method that merges a tensor row by row, given a `summary` of the whole where it has that parameter."""
+
 Pair = tuple[Tensor, Tensor]
 """The experts of a method for exactly two."""
 

@@ -222,7 +222,7 @@ def test_verify_checks_values_and_weights(tensors, save, tmp_path):
     broken = open_checkpoint(save("broken", weights))
     with staging(tmp_path / "out") as folder:
         shapes = {name: info.shape for name, info in broken.tensors.items()}
-        sha256, files = write_weights(folder, shapes, torch.float32, broken._view)
+        sha256, files = write_weights(folder, shapes, torch.float32, broken.view)
         copy_sidecars(broken, folder, torch.float32)
         write_manifest(folder, files, {"weights_sha256": sha256})
     with pytest.raises(CheckpointError, match="NaN"):

@@ -17,7 +17,8 @@ SEEDS = st.integers(0, 10**6)
 
 
 def merged(function, rule, base, experts, **hyper):
-    result = at_scale(function, torch.tensor(base), [torch.tensor(e) for e in experts], {"scale": rule, **hyper})
+    w0, ws = torch.tensor(base), [torch.tensor(e) for e in experts]
+    [(_, _, result)] = at_scale(lambda hyper: [(w0, ws, function(w0, ws, **hyper))], len(ws), {"scale": rule, **hyper})
     return result.numpy()
 
 

@@ -1,0 +1,200 @@
+"""Merges of Qwen2-1.5B shapes against mergekit: python benchmarks/merge.py FOLDER [--mergekit PYTHON] [--layers 28] ...
+
+Makes a base and two experts (untied head, bfloat16, random, updates of .08 % of the norm; 3 x 3.55 GB at 28 layers) in
+FOLDER if they are absent. Every merge is a process of its own with one thread, whose CPU seconds, wall seconds and peak
+anonymous memory count from start to exit. The error is that of two tensors over their update, against the method in
+float64; the peer's random masks differ, there it tells nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
+from rotrl.merge.engine import merge
+from rotrl.merge.method import Method, bind
+
+HIDDEN, INTERMEDIATE, KV, VOCABULARY = 1536, 8960, 256, 151936
+UPDATE = 8e-4
+EXPERTS = ("math", "code")
+TENSORS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
+CONF = Path(__file__).parents[1] / "conf" / "merge"
+PEERS = {
+    "linear": {},
+    "task_arithmetic": {},
+    "nuslerp": {},
+    "model_stock": {},
+    "karcher": {},
+    "slerp": {"t": 0.5},
+    "dare_ties": {"density": 0.5},
+    "ties": {"density": 0.2},
+    "della": {"density": 0.5, "epsilon": 0.15},
+}
+WITH_BASE = ("task_arithmetic", "nuslerp", "model_stock", "dare_ties", "ties", "della")
+HERE = ("orthomerge", "split_task_arithmetic")  # have no peer
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    block = {
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.q_proj.bias": (HIDDEN,),
+        "self_attn.k_proj.weight": (KV, HIDDEN),
+        "self_attn.k_proj.bias": (KV,),
+        "self_attn.v_proj.weight": (KV, HIDDEN),
+        "self_attn.v_proj.bias": (KV,),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def make(folder: Path, layers: int) -> None:
+    """Base and experts; a model that is whole has its config.json, which is written last."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    for index, name in enumerate(("base", *EXPERTS)):
+        target = folder / name
+        if (target / "config.json").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        weights = {}
+        for number, (tensor, shape) in enumerate(shapes(layers).items()):
+            base = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            base = base.bfloat16()
+            if index:
+                noise = torch.randn(shape, generator=torch.Generator().manual_seed(number + 10_000 * index))
+                base = (base + 0.02 * UPDATE * noise).bfloat16()
+            weights[tensor] = base
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+        (target / "config.json").write_text(json.dumps(config))
+
+
+def method_of(name: str) -> Method:
+    """As shipped, with the peer's parameters."""
+    content = OmegaConf.create({"merge_scale": 1.0, "seed": 0, "merge": OmegaConf.load(CONF / f"{name}.yaml")})
+    config: Any = OmegaConf.to_container(content.merge, resolve=True)
+    return bind({**config, **PEERS.get(name, {})}, EXPERTS)
+
+
+def models(folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    return open_checkpoint(folder / "base"), {name: open_checkpoint(folder / name) for name in EXPERTS}
+
+
+def peer_config(name: str, folder: Path, file: Path) -> None:
+    """mergekit's configuration for the same merge; its slerp takes one expert as the base."""
+    base, experts = str(folder / "base"), [{"model": str(folder / name)} for name in EXPERTS]
+    parameters = dict(PEERS[name])
+    if "density" in parameters:
+        experts = [{**expert, "parameters": {**parameters, "weight": 1.0}} for expert in experts]
+        parameters = {}
+    elif name != "slerp":
+        experts = [{**expert, "parameters": {"weight": 1.0}} for expert in experts]
+    content = {"merge_method": name, "models": experts, "parameters": parameters, "dtype": "bfloat16"}
+    if name in WITH_BASE:
+        content["base_model"] = base
+    if name == "slerp":
+        content["base_model"] = experts[0]["model"]
+    file.write_text(json.dumps(content))
+
+
+def timed(command: Sequence[str], log: Path) -> tuple[float, float, float]:
+    """CPU seconds, wall seconds, and peak anonymous gigabytes of a process."""
+    begun, peak = time.monotonic(), 0
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            except OSError:
+                continue
+            peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+            time.sleep(0.02)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed: {log.read_text()[-2000:]}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - begun, peak / 1e6
+
+
+def error(name: str, folder: Path, merged: Path) -> float:
+    """|merged - oracle| / |oracle - W0| on a few tensors, the oracle the method itself in float64."""
+    base, experts = models(folder)
+    stored, method, wrong, size = open_checkpoint(merged), method_of(name), 0.0, 0.0
+    for tensor in TENSORS:
+        w0, ws = base.read(tensor).double(), [expert.read(tensor).double() for expert in experts.values()]
+        role = role_of(tensor, w0.shape)
+        oracle = method(tensor, role, w0, ws)
+        wrong += float((stored.read(tensor).double() - oracle).square().sum())
+        size += float((oracle - w0).square().sum())
+    return (wrong / size) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment that has mergekit")
+    parser.add_argument("--dtype", default="float32", help="of rotrl's output; mergekit writes bfloat16")
+    parser.add_argument("--methods", nargs="+", default=[*PEERS])
+    parser.add_argument("--engines", nargs="+", default=["rotrl", "mergekit"])
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    if options.run:
+        merge(*models(folder), method_of(options.run), folder / "out-rotrl", dtype=options.dtype, overwrite=True)
+        return
+    make(folder, options.layers)
+    print(f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9}", flush=True)
+    for name in options.methods:
+        spent = {}
+        for engine in options.engines:
+            if engine == "mergekit" and not (options.mergekit and name in PEERS):
+                continue
+            out = folder / f"out-{engine}"
+            shutil.rmtree(out, ignore_errors=True)
+            command = [sys.executable, __file__, str(folder), "--run", name, "--dtype", options.dtype]
+            if engine == "mergekit":
+                peer_config(name, folder, folder / "peer.json")
+                script = str(Path(options.mergekit).parent / "mergekit-yaml")
+                command = [script, str(folder / "peer.json"), str(out), "--no-copy-tokenizer"]
+            cpu, wall, memory = timed(command, folder / f"{engine}.log")
+            spent[engine] = cpu
+            wrong = f"{error(name, folder, out):>9.2g}"
+            shutil.rmtree(out, ignore_errors=True)
+            print(f"{name:<22} {engine:<9} {cpu:>7.1f} {wall:>7.1f} {memory:>8.2f} {wrong}", flush=True)
+        if len(spent) == 2:
+            print(f"{name:<22} ratio     {spent['rotrl'] / spent['mergekit']:>7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A tensor of base and experts in pieces of rows that fit a processor's cache.
+
+Work on pieces is both what keeps memory small, whatever the tensor's size, and several times faster than work on whole
+tensors, whose every temporary goes through the main memory. Pieces depend on the shape alone, never on sharding.
+"""
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from rotrl.errors import NumericsError
+
+ENTRIES = 1 << 18
+
+Piece = tuple[Tensor, list[Tensor]]
+
+
+class Chunks(Sequence[Piece]):
+    """Base and experts in consecutive rows of about ENTRIES entries (or `whole`), in float32 when asked for.
+
+    NumericsError where a piece holds NaN or Inf, if `checked`.
+    """
+
+    def __init__(self, base: Tensor, experts: Sequence[Tensor], *, whole: bool, checked: bool = True) -> None:
+        self.models, self.checked = (base, *experts), checked
+        self.rows = len(base) if base.ndim else 1
+        if not whole:
+            self.rows = max(1, ENTRIES // max(1, math.prod(base.shape[1:])))
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self.models[0]) // max(1, self.rows))) if self.models[0].ndim else 1
+
+    def __getitem__(self, index: int) -> Piece:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = slice(index * self.rows, (index + 1) * self.rows) if self.models[0].ndim else ...
+        base, *experts = (model[rows].float() for model in self.models)
+        if self.checked and not all(map(finite, (base, *experts))):
+            raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")
+        return base, experts
+
+    def __iter__(self) -> Iterator[Piece]:
+        return (self[index] for index in range(len(self)))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, by the extremes: many times faster than isfinite on every entry."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
+def keep_freed_memory() -> None:
+    """Has glibc reuse the buffers of pieces, which it otherwise gives back and takes, page by page, in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 64 * ENTRIES)
+        mallopt(m_trim_threshold, 512 * ENTRIES)
