@@ -175,12 +175,26 @@ def _align(align: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"KL from {name}, nats per token", f"{_digits(before.get(name), 4)} before, {_digits(kl, 4)} after")
             for name, kl in after.items()
         ),
-        ("angles", f"{_digits(align.get('angle_rms'), 2)}° rms, {_digits(align.get('angle_max'), 2)}° largest"),
+        ("angles", _angles(align)),
         ("way to the mean teacher's weights", _way(align)),
-        ("orthogonality error", f"{number(align.get('orthogonality_error')) or 0.0:.1e}"),
+        ("orthogonality error", _digits(align.get("orthogonality_error"), 7) if _angles(align) else ""),
+        *((f"control {label}", _control(control)) for label, control in (align.get("controls") or {}).items()),
         ("time", _duration(number(align.get("seconds")) or 0.0)),
     ]
     return [(label, str(value)) for label, value in rows if value]
+
+
+def _angles(align: Mapping[str, Any]) -> str:
+    """Empty where what was learned is no rotation."""
+    if number(align.get("angle_rms")) is None:
+        return ""
+    return f"{_digits(align['angle_rms'], 2)}° rms, {_digits(align.get('angle_max'), 2)}° largest"
+
+
+def _control(align: Mapping[str, Any]) -> str:
+    """What the same fit reached by another family."""
+    after = ", ".join(f"{name} {_digits(kl, 4)}" for name, kl in (align.get("kl_after") or {}).items())
+    return f"{align.get('parametrization')}; KL after: {after}"
 
 
 def _way(align: Mapping[str, Any]) -> str:
