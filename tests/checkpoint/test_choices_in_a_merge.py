@@ -20,7 +20,7 @@ def linear():
 def read(folder, name):
     from rotrl.checkpoint.reader import open_checkpoint
 
-    return open_checkpoint(folder)._view(name)
+    return open_checkpoint(folder).view(name)
 
 
 def test_rounding(tensors, save, linear, tmp_path):
