@@ -28,9 +28,9 @@ def start(prepared: Prepared, command: str) -> dict[str, Any]:
         "status": "running",
         "config": prepared.cfg,
         "models": {
-            "base": _model(prepared.base),
-            "experts": {name: _model(model) for name, model in prepared.experts.items()},
-            "controls": {name: _model(model) for name, model in prepared.controls.items()},
+            "base": model_facts(prepared.base),
+            "experts": {name: model_facts(model) for name, model in prepared.experts.items()},
+            "controls": {name: model_facts(model) for name, model in prepared.controls.items()},
         },
         "versions": {"python": platform.python_version(), **versions()},
         "device": device(),
@@ -40,8 +40,12 @@ def start(prepared: Prepared, command: str) -> dict[str, Any]:
     }
 
 
-def _model(model: Checkpoint) -> dict[str, str]:
-    return {"path": str(model.path), "sha256": model.sha256}
+def model_facts(model: Checkpoint) -> dict[str, str]:
+    found = {"path": str(model.path), "sha256": model.sha256}
+    if model.path.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
+        repository = model.path.parents[1].name.removeprefix("models--").replace("--", "/")
+        found |= {"repository": repository, "revision": model.path.name}
+    return found
 
 
 def versions() -> dict[str, str]:

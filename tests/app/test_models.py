@@ -1,12 +1,16 @@
 """Models are found as folders, below models.root, or on the hub; what is missing is said in one line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from rotrl.app.models import locate, locate_all, open_models
+from rotrl.app.provenance import model_facts
+from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import CheckpointError
+from rotrl.zoo import zoo_path
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +61,12 @@ def test_choices_reach_the_models_and_controls_are_checked_like_experts(tensors,
     models["controls"] = {"math": str(paths["control"])}
     with pytest.raises(CheckpointError, match=r"models.controls.math has an expert's name"):
         open_models(cfg)
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--model" / "snapshots" / "0123abcd"
+    shutil.copytree(zoo_path("base"), folder)
+    found = model_facts(open_checkpoint(folder))
+    assert found["repository"] == "org/model"
+    assert found["revision"] == "0123abcd"
+    assert "revision" not in model_facts(open_checkpoint(zoo_path("base")))
