@@ -31,10 +31,12 @@ def swept_keys(records: list[dict[str, Any]]) -> list[str]:
     """For each job `key=value` of the keys whose values differ between the jobs; of keys that move together, one."""
     flat = [dict(_flatten(record.get("config") or {})) for record in records]
     shared = [key for key in (flat[0] if flat else {}) if all(key in job for job in flat)]
+    methods = [str(job.get("merge._target_")) for job in flat]
     differing: dict[tuple[str, ...], str] = {}
     for key in sorted(shared, key=lambda key: (key.count("."), key)):
         values = tuple(str(job[key]) for job in flat)
-        if len(set(values)) > 1 and not key.startswith(NOT_SWEPT):
+        of_method = key.startswith("merge.") and len(set(zip(methods, values, strict=True))) == len(set(methods))
+        if len(set(values)) > 1 and not of_method and not key.startswith(NOT_SWEPT):
             differing.setdefault(values, key)
     return [", ".join(f"{key}={job[key]}" for key in differing.values()) for job in flat]
 

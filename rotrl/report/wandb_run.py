@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+
 from rotrl.report.standings import number, standings
 
 # Nothing of the machine, the working copy or the terminal: the record holds what is needed.

@@ -112,3 +112,10 @@ def test_swept_keys_name_what_differs_once(full):
     assert swept_keys(records) == ["merge_scale=0.5", "merge_scale=1.0"]
     assert swept_keys(records[:1]) == [""]
     assert swept_keys([]) == []
+
+
+def test_what_follows_from_the_method_is_not_named_beside_it(full):
+    records = jobs(full[0], [("ties", 0.5), ("linear", 0.5)])
+    for record, scope in zip(records, ("matrices", "all"), strict=True):
+        record["config"]["merge"]["scope"] = scope
+    assert swept_keys(records) == ["", ""]
