@@ -56,7 +56,6 @@ class Asked:
 
     name: str
     weights: str
-    verdicts: Verdicts
     answers: dict[Wanted, tuple[Row, "Future[Verdict] | None"]] = field(default_factory=dict)
 
 
@@ -84,14 +83,15 @@ def evaluate(
     job = _prepare(models, tasks, protocol, engine, roles, Path(cache), Path(out), seed)
     behind: deque[Asked] = deque()
     with Grader(tasks, sandbox=dict(sandbox)) as grader:
+        verdicts = Verdicts(grader, Path(cache) / "verdicts", dict(sandbox))
         for number, (name, folder) in enumerate(models.items()):
-            kept = job.sampler.folder(weights[name]) / "verdicts"
-            behind.append(Asked(name, weights[name], Verdicts(grader, kept, dict(sandbox))))
-            _ask(job, folder, behind[-1], _part(progress, number, len(models)))
+            behind.append(Asked(name, weights[name]))
+            _ask(job, folder, behind[-1], verdicts, _part(progress, number, len(models)))
             if len(behind) > 1:  # its grading went on while the next model was sampled
-                _finish(job, behind.popleft())
+                _finish(job, behind.popleft(), verdicts)
         while behind:
-            _finish(job, behind.popleft())
+            _finish(job, behind.popleft(), verdicts)
+        verdicts.close()
         level = grader.sandbox_level
     comparisons = comparison_rows(job.matrices, roles, seed=seed)
     write_csv(job.out / "scores.csv", SCORES, job.scores)
@@ -137,7 +137,7 @@ def _prepare(
     return Evaluation(tasks, n, ks, str(protocol.get("name", "")), prompts, sampler, out, alarms=found)
 
 
-def _ask(job: Evaluation, folder: Path, asked: Asked, progress: Progress) -> None:
+def _ask(job: Evaluation, folder: Path, asked: Asked, verdicts: Verdicts, progress: Progress) -> None:
     """Sample one model, and hand each sample to the grader as it comes."""
     tasks = {task.name: task for task in job.tasks}
     problems = {(task.name, problem.id): problem for task in job.tasks for problem in task.problems}
@@ -146,19 +146,19 @@ def _ask(job: Evaluation, folder: Path, asked: Asked, progress: Progress) -> Non
         future = None
         if row["finish_reason"] != "failed":
             problem = problems[each.task, each.problem]
-            future = asked.verdicts.submit(tasks[each.task], problem, row["completion"])
+            future = verdicts.submit(tasks[each.task], problem, row["completion"])
         asked.answers[each] = (row, future)
         progress(number, len(wanted))
 
 
-def _finish(job: Evaluation, asked: Asked) -> None:
+def _finish(job: Evaluation, asked: Asked, verdicts: Verdicts) -> None:
     """Wait for the verdicts of one model; write its samples and score them."""
-    asked.verdicts.save()
     rows = []
     for each in job.wanted:
         row, future = asked.answers[each]
         verdict = future.result() if future else ENGINE_ERROR
         rows.append(graded_row(each, row, verdict, run_seed=job.sampler.seed, weights=asked.weights))
+    verdicts.save()
     write_jsonl(job.out / "samples" / f"{asked.name.replace('/', '_')}.jsonl", rows)
     cut = count_cut(rows, job.tasks, job.prompts)
     job.alarms += alarms(asked.name, rows, cut["truncated"])

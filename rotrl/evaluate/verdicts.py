@@ -16,8 +16,9 @@ GRADERS = ("verdict.py", "grade.py", "math.py", "code.py", "sandbox")
 
 
 class Verdicts:
-    """Grades for one model. `settings` are those of the grader; with its source, the sandbox level, problem and answer
-    they make the key of a verdict. What could not be graded is not kept."""
+    """Grades for all models: the same answer to the same problem has one verdict, whoever gave it. `settings` are those
+    of the grader; with its source, the sandbox level, problem and answer they make the key of a verdict. What could not
+    be graded is not kept."""
 
     def __init__(self, grader: Grader, folder: Path, settings: dict) -> None:
         self._grader = grader
@@ -25,6 +26,7 @@ class Verdicts:
         self._common = json.dumps([source_sha256(), grader.sandbox_level, settings], sort_keys=True).encode()
         self._problems: dict[tuple[str, str], bytes] = {}
         self._asked: dict[str, Future[Verdict]] = {}
+        self._unsaved: dict[str, Future[Verdict]] = {}
 
     def submit(self, task: Task, problem: Problem, completion: str) -> "Future[Verdict]":
         """The verdict, which may already be known or under way for the same answer."""
@@ -32,18 +34,21 @@ class Verdicts:
         if key not in self._asked:
             known = self._store.get(key)
             if known is None:
-                self._asked[key] = self._grader.submit(task, problem, completion)
+                self._asked[key] = self._unsaved[key] = self._grader.submit(task, problem, completion)
             else:
                 self._asked[key] = Future()
                 self._asked[key].set_result(Verdict(**known))
         return self._asked[key]
 
     def save(self) -> None:
-        """Wait for all verdicts and keep those that are new."""
-        answers = {key: future.result() for key, future in self._asked.items()}
-        new = [(k, asdict(v)) for k, v in answers.items() if v.correct is not None and self._store.get(k) is None]
-        if new:
+        """Keep the verdicts that have been reached since the last call."""
+        reached = {key: future.result() for key, future in self._unsaved.items() if future.done()}
+        for key in reached:
+            del self._unsaved[key]
+        if new := [(key, asdict(verdict)) for key, verdict in reached.items() if verdict.correct is not None]:
             self._store.append(new)
+
+    def close(self) -> None:
         self._store.close()
 
     def _key(self, task: Task, problem: Problem, completion: str) -> str:

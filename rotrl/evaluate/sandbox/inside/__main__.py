@@ -17,6 +17,7 @@ from program import run
 
 
 def main() -> None:
+    os.nice(10)  # grading goes on beside generation, which must not wait for it
     control = socket.socket(fileno=0)
     try:
         lockdown = Lockdown(landlock=sys.argv[1], seccomp=sys.argv[2] == "yes")
