@@ -77,8 +77,9 @@ def user_error(error: BaseException, arguments: Sequence[str]) -> str | None:
         if isinstance(cause, RotrlError):
             return str(cause)
     if any(isinstance(cause, InstantiationException) for cause in chain):
-        inner = chain[-1]
-        return _flat(str(error)) if isinstance(inner, TypeError | ImportError | AttributeError | ValueError) else None
+        said = _flat(" ".join(str(cause) for cause in chain))
+        wrong_target, wrong_keyword = "Error locating target" in said, "unexpected keyword argument" in said
+        return _flat(f"{error} {chain[-1]}") if wrong_target or wrong_keyword else None
     if any(isinstance(cause, HydraException | OmegaConfBaseException) for cause in chain):
         text = _flat(" ".join(dict.fromkeys(str(cause) for cause in chain)))
         if isinstance(error, ConfigCompositionException) and (key := re.search(r"Could not override '([^']+)'", text)):
@@ -109,7 +110,7 @@ def _unknown_choice(text: str) -> str | None:
 
 
 def _unknown_key(key: str, arguments: Sequence[str]) -> str:
-    parent, _, leaf = key.rpartition(".")
+    parent = key.rpartition(".")[0]
     try:
         from omegaconf import OmegaConf
 
@@ -118,8 +119,13 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
         options = [str(k) for k in node if k not in ("hydra", "_target_", "_partial_")]
     except Exception:  # several mistakes at once: the first is still worth its line
         options = []
+    return unknown_key(key, options)
+
+
+def unknown_key(key: str, options: Sequence[str]) -> str:
+    """The line for a key that is not among its options."""
     allowed = f"; one of: {', '.join(options)}" if options else ""
-    return f"unknown key {key!r}{_nearest(leaf, options)}{allowed}"
+    return f"unknown key {key!r}{_nearest(key.rpartition('.')[2], options)}{allowed}"
 
 
 def _nearest(word: str, options: Sequence[str]) -> str:

@@ -68,6 +68,9 @@ except SystemExit:
         ([*QUIET, "merge=ties", "+merge.denisty=0.3"], ["denisty", "density"]),
         ([*QUIET, "merge=learned"], ["learned", "align"]),
         ([*QUIET, "merge=ties", "models.base=/absent/model"], ["base", "/absent/model"]),
+        (["+align.stepz=3"], ["align.stepz", "steps"]),
+        (["+evidence.geometry.bootstrp=3"], ["evidence.geometry.bootstrp", "bootstrap"]),
+        (["merge=geodesic_aligned"], ["geodesic_aligned", "align.source=math"]),
         (["models=custom"], ["models.base"]),
         (["evaluation=custom", "evaluation.path=/absent.jsonl"], ["/absent.jsonl"]),
         (["verify=/absent"], ["/absent"]),
@@ -168,3 +171,19 @@ def test_doctor_says_which_sandbox_holds(tmp_path: Path) -> None:
     done = rotrl(tmp_path, "doctor=true")
     assert done.returncode == 0, done.stderr
     assert "landlock" in done.stdout
+
+
+@pytest.mark.slow
+def test_edited_problems_are_not_answered_by_an_old_run(tmp_path: Path) -> None:
+    arguments = ["evidence=none", "align=none", "merge=none", "logger=none", "protocol.n=2", "protocol.ks=[1]"]
+    arguments += ["evaluation=custom", "evaluation.path=problems.jsonl"]
+    runs = []
+    for answer in ("9", "8"):
+        row = {"id": "1", "prompt": "math:(3+4)*2-5=", "answer": answer}
+        (tmp_path / "problems.jsonl").write_text(json.dumps(row))
+        done = rotrl(tmp_path, *arguments, timeout=300)
+        assert done.returncode == 0, done.stderr
+        runs.append(done.stdout)
+    assert not any("done before, nothing to do" in out for out in runs)
+    assert "6 samples generated" in runs[0]
+    assert "0 samples generated, 6 reused" in runs[1]  # the answers are the same, their verdicts are not

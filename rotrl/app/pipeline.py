@@ -169,7 +169,7 @@ def rollouts(job: Run) -> dict[str, Path] | None:
     from rotrl.evaluate.rollouts import rollouts as sample
 
     settings = models.samples or {}
-    start = time.monotonic()
+    start, began = time.monotonic(), time.time()
     with job.bar("rollouts") as progress:
         files = sample(
             {name: models.experts[name].path for name in models.prompts},
@@ -185,9 +185,11 @@ def rollouts(job: Run) -> dict[str, Path] | None:
         )
     if torch.cuda.is_available():  # the engine holds most of the GPU's memory, and what comes next needs it
         close_shared_engine()
-    job.stages.record(
-        "rollouts", digest({n: file_hash(f) for n, f in files.items()}), time.monotonic() - start, reused=False
+    key, reused = (
+        digest({n: file_hash(f) for n, f in files.items()}),
+        all(f.stat().st_mtime < began for f in files.values()),
     )
+    job.stages.record("rollouts", key, time.monotonic() - start, reused=reused)
     job.files = files
     return files
 

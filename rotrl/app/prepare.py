@@ -1,7 +1,9 @@
 """Everything that can be wrong with the input is found here, before a byte is written."""
 
+import hashlib
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rotrl import config
@@ -53,8 +55,8 @@ class Prepared:
         """Names the run folder: the same inputs and code give the same folder, whatever the paths are."""
         settings = {key: value for key, value in self.cfg.items() if key not in (*PRESENTATION, "models")}
         controls = {name: model.sha256 for name, model in self.controls.items()}
-        prompts = {name: [p.id for p in task.problems] for name, task in self.prompts.items()}
-        return digest([settings, self.weights, controls, prompts, source_digest(PACKAGES)])
+        asked = [content_digest(task) for task in (*self.tasks, *self.prompts.values())]
+        return digest([settings, self.weights, controls, asked, source_digest(PACKAGES)])
 
     def teachers(self) -> list[str]:
         """The experts that alignment samples from and distils."""
@@ -74,14 +76,23 @@ class Prepared:
         return list(self.experts) if self.cfg["evidence"].get("function") else self.teachers()
 
 
+def content_digest(task: Task) -> str:
+    """sha256 over every prompt, answer and test: an edited file of problems is another run, whatever its path."""
+    state = hashlib.sha256(f"{task.name} {task.grader}".encode())
+    for problem in task.problems:
+        state.update(repr(problem).encode())
+    return state.hexdigest()
+
+
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
-    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), {})
+    check_keywords(cfg)
+    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
-    return Prepared(cfg, base, experts, controls, methods, prepared.tasks, load_prompts(prepared), applied)
+    return replace(prepared, prompts=load_prompts(prepared))
 
 
 def methods_of(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:
@@ -120,6 +131,31 @@ def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]
         )
 
 
+def check_keywords(cfg: Mapping[str, Any]) -> None:
+    """A parameter that a stage's function does not take is found now and not when the stages before it are done."""
+    from hydra.utils import get_method
+
+    stages = {
+        "align": cfg["align"],
+        **{f"evidence.{key}": cfg["evidence"].get(key) for key in ("geometry", "function")},
+    }
+    for stage, node in stages.items():
+        if isinstance(node, Mapping) and "_target_" in node:
+            takes = keywords(get_method(node["_target_"]))
+            given = [key for key in node if not key.startswith("_") and key not in ("samples", "controls")]
+            if unknown := [key for key in given if key not in takes]:
+                raise ConfigError(config.unknown_key(f"{stage}.{unknown[0]}", takes))
+
+
+def keywords(function: Any) -> list[str]:
+    """Names of the parameters; a family of the learned fits passes what it does not take itself to `learn`."""
+    from rotrl.align.learn import learn
+
+    own = inspect.signature(function).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    return [*own, *(inspect.signature(learn).parameters if passes_on else ())]
+
+
 def check_align(prepared: Prepared) -> None:
     """Unknown teachers, and rotations that a merge needs but nothing gives."""
     if unknown := [name for name in prepared.teachers() if name not in prepared.experts]:
@@ -129,6 +165,10 @@ def check_align(prepared: Prepared) -> None:
         raise ConfigError(
             f"merge {waiting[0]!r} applies rotations and align is none; choose align=stiefel or procrustes"
         )
+    first = next(iter(prepared.experts))
+    for label, method in prepared.methods.items():
+        if method.name == "geodesic_aligned" and prepared.cfg["align"]["source"] != first:
+            raise ConfigError(f"merge {label!r} starts at the first expert; choose align.source={first}")
 
 
 def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
