@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotrl.app import provenance
-from rotrl.app.prepare import Prepared, prepare
+from rotrl.app.prepare import Prepared, check_keywords, prepare
 from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
@@ -51,17 +51,19 @@ class Run:
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def run(cfg: dict[str, Any], folder: Path | None, command: str) -> dict[str, Any]:
+def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]:
     """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
     console = Console()
     prepared = as_folders(prepare(cfg))
-    one_thread_for_small_matrices(prepared)
-    folder = settle(prepared, folder)
+    folder = given or Path("outputs") / cfg["name"] / prepared.digest[:12]
     record = Record(folder / "record.json")
-    if record.data.get("status") == "done":
+    if record.data.get("status") == "done" and record.data["digest"] == prepared.digest and not cfg["overwrite"]:
         console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
         show(record.data, console)
         return record.data
+    check_keywords(cfg)
+    settle(prepared, folder, record.data)
+    one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
     job = Run(prepared, folder, record, stages, console)
     console.print(f"run folder {folder}", highlight=False)
@@ -94,22 +96,16 @@ def as_folders(prepared: Prepared) -> Prepared:
     return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
 
 
-def settle(prepared: Prepared, given: Path | None) -> Path:
-    """The run folder. A folder that the user named and that holds another run is refused, naming what differs; in a
+def settle(prepared: Prepared, folder: Path, old: dict[str, Any]) -> None:
+    """Makes the run folder. One that the user named and that holds another run is refused, naming what differs; in a
     multirun, which numbers its folders, the older run is moved aside."""
-    cfg, key = prepared.cfg, prepared.digest
-    folder = given or Path("outputs") / cfg["name"] / key[:12]
-    if not (folder / "record.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    old, numbered = Record(folder / "record.json").data, given is not None and cfg["run_dir"] is None
-    if cfg["overwrite"] or (numbered and old["digest"] != key):
+    cfg, numbered = prepared.cfg, folder != Path(prepared.cfg["run_dir"] or "")
+    if old and (cfg["overwrite"] or (numbered and old["digest"] != prepared.digest)):
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
-        folder.mkdir(parents=True)
-    elif old["digest"] != key:
+    elif old and old["digest"] != prepared.digest:
         changed = provenance.differing_keys(old, prepared)
         raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def one_thread_for_small_matrices(prepared: Prepared) -> None:

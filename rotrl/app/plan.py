@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, methods_of, prepare
+from rotrl.app.prepare import Prepared, check_keywords, methods_of, prepare
 from rotrl.errors import RotrlError
 
 
@@ -27,6 +27,7 @@ def show_plan(cfg: dict[str, Any]) -> None:
         _evaluation(cfg, 1 + len(cfg["models"]["experts"]) + len(methods), console)
         return
     prepared = prepare(cfg)
+    check_keywords(cfg)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
     _merges(prepared, console)

@@ -89,7 +89,6 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
-    check_keywords(cfg)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
@@ -132,7 +131,10 @@ def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]
 
 
 def check_keywords(cfg: Mapping[str, Any]) -> None:
-    """A parameter that a stage's function does not take is found now and not when the stages before it are done."""
+    """A parameter that a stage's function does not take is found now and not when the stages before it are done.
+
+    Imports the stages, which takes seconds: not for a run that was done before.
+    """
     from hydra.utils import get_method
 
     stages = {
