@@ -1,12 +1,14 @@
 """Graded samples of one model: their rows, the matrices that statistics work on, and what is alarming about them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rotrl.evaluate.prompts import Prompts
+from rotrl.evaluate.majority import RIGHT, SILENT, UNKNOWN, answer_of
 from rotrl.evaluate.samples import Wanted
 from rotrl.evaluate.sampling import sample_seed
 from rotrl.evaluate.statistics import Array
@@ -35,41 +37,73 @@ def graded_row(wanted: Wanted, row: Row, verdict: Verdict, *, run_seed: int, wei
     }
 
 
-def correct_matrices(
-    rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task], n: Mapping[str, int]
-) -> dict[str, Array]:
-    """By task, (problems, n): 1 where accepted, 0 where not, NaN where nobody could tell."""
-    ungradable = UNGRADABLE | {ENGINE_ERROR.verdict}
-    matrices = {task.name: np.full((len(task.problems), n[task.name]), np.nan) for task in tasks}
-    place = {(task.name, problem.id): i for task in tasks for i, problem in enumerate(task.problems)}
-    for row in rows:
-        if row["verdict"] not in ungradable:
-            cell = place[row["task"], row["problem_id"]], row["sample_index"]
-            matrices[row["task"]][cell] = row["verdict"] == "accepted"
-    return matrices
+@dataclass
+class Tally:
+    """The samples of a model on a task, counted one by one so that none has to be kept.
+
+    `correct` (problems, n) is 1 where accepted, 0 where not, NaN where nobody could tell; `votes`, for math alone, are
+    those of `maj_at_k`. `truncated` samples ended at max_tokens (of the `ended` whose end is known), `unfinished` ones
+    never closed their <think>; `tokens` is the sum over the `counted` samples whose length is known.
+    """
+
+    correct: Array
+    votes: NDArray[np.integer] | None
+    samples: int = 0
+    ended: int = 0
+    truncated: int = 0
+    unfinished: int = 0
+    counted: int = 0
+    tokens: int = 0
+    lost: Counter[str] = field(default_factory=Counter)  # verdicts that say nothing of the model
+    dead: set[str] = field(default_factory=set)  # problems that the engine refused
+    _answers: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task, n: int) -> "Tally":
+        shape = (len(task.problems), n)
+        votes = np.full(shape, UNKNOWN, dtype=np.int32) if task.grader == "math" else None
+        return cls(np.full(shape, np.nan), votes)
+
+    def add(self, place: int, row: Mapping[str, Any], *, thinks: bool) -> None:
+        """Count a graded row of the problem at `place`; `thinks`: its prompt opens <think>."""
+        index, verdict, text = row["sample_index"], row["verdict"], row["completion"]
+        self.samples += 1
+        self.ended += row["finish_reason"] is not None
+        self.truncated += row["finish_reason"] == "length"
+        self.unfinished += (thinks or "<think>" in text) and "</think>" not in text
+        if row["tokens"] is not None:
+            self.counted += 1
+            self.tokens += row["tokens"]
+        if verdict == ENGINE_ERROR.verdict:
+            self.dead.add(row["problem_id"])
+        elif verdict in UNGRADABLE:
+            self.lost[verdict] += 1
+        else:
+            self.correct[place, index] = verdict == "accepted"
+            if self.votes is not None:
+                self.votes[place, index] = self._vote(place, verdict, text)
+
+    def _vote(self, place: int, verdict: str, text: str) -> int:
+        if verdict == "accepted":
+            return RIGHT
+        if (answer := answer_of(text)) is None:
+            return SILENT
+        known = self._answers.setdefault(place, {})
+        return known.setdefault(answer, len(known) + 1)
 
 
-def count_cut(rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task], prompts: Prompts) -> dict[str, dict[str, int]]:
-    """By task: samples that ended at max_tokens (truncated), and that never closed their <think> (unfinished)."""
-    cut = {kind: dict.fromkeys((task.name for task in tasks), 0) for kind in ("truncated", "unfinished")}
-    for row in rows:
-        thinks = prompts[row["task"], row["problem_id"]].thinks or "<think>" in row["completion"]
-        cut["truncated"][row["task"]] += row["finish_reason"] == "length"
-        cut["unfinished"][row["task"]] += thinks and "</think>" not in row["completion"]
-    return cut
+Tallies = Mapping[str, Tally]  # by task
 
 
-def alarms(model: str, rows: Sequence[Mapping[str, Any]], truncated: Mapping[str, int]) -> list[str]:
+def alarms(model: str, tallies: Tallies) -> list[str]:
     """Sentences on what makes the scores of this model less than they seem."""
-    found, size = [], Counter(row["task"] for row in rows)
-    for task, number in truncated.items():
-        if number > ALARMING * size[task]:
-            share = f"{number} of {size[task]} samples"
+    found = []
+    for task, tally in tallies.items():
+        if tally.truncated > ALARMING * tally.samples:
+            share = f"{tally.truncated} of {tally.samples} samples"
             found.append(f"{model}, {task}: {share} were cut off at the token limit; raise protocol.max_tokens")
-    lost = Counter((row["task"], row["verdict"]) for row in rows if row["verdict"] in UNGRADABLE)
-    for (task, verdict), number in sorted(lost.items()):
-        found.append(f"{model}, {task}: {number} samples are left out ({verdict})")
-    dead = sorted({(row["task"], row["problem_id"]) for row in rows if row["verdict"] == ENGINE_ERROR.verdict})
-    for task, problem in dead:
-        found.append(f"{model}, {task}: the engine refused problem {problem!r} or died of it; left out")
+        for verdict, number in sorted(tally.lost.items()):
+            found.append(f"{model}, {task}: {number} samples are left out ({verdict})")
+        for problem in sorted(tally.dead):
+            found.append(f"{model}, {task}: the engine refused problem {problem!r} or died of it; left out")
     return found

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,12 @@ from typing import Any
 
 from rotrl.errors import ConfigError
 from rotrl.evaluate.grade import Grader
-from rotrl.evaluate.graded import ENGINE_ERROR, alarms, correct_matrices, count_cut, graded_row
-from rotrl.evaluate.output import write_csv, write_jsonl
+from rotrl.evaluate.graded import ENGINE_ERROR, Tally, alarms, graded_row
+from rotrl.evaluate.output import write_jsonl
 from rotrl.evaluate.prompts import Prompts, check_models, combined_sha256, engine_length, needed_length, render
 from rotrl.evaluate.samples import Sampler, Wanted
 from rotrl.evaluate.sampling import Sampling, samples_per_problem
-from rotrl.evaluate.scores import COMPARISONS, SCORES, comparison_rows, score_rows
-from rotrl.evaluate.statistics import Array
+from rotrl.evaluate.scores import MARGIN, score
 from rotrl.evaluate.store import Row
 from rotrl.evaluate.task import Task
 from rotrl.evaluate.verdict import Verdict
@@ -36,8 +35,7 @@ class Evaluation:
     prompts: Prompts
     sampler: Sampler
     out: Path
-    scores: list[dict[str, Any]] = field(default_factory=list)
-    matrices: dict[str, dict[str, Array]] = field(default_factory=dict)
+    tallies: dict[str, dict[str, Tally]] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
 
     @property
@@ -71,13 +69,16 @@ def evaluate(
     cache: Path,
     out: Path,
     seed: int,
+    margin: float = MARGIN,
+    select: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Sample, grade and compare; write samples/<model>.jsonl, scores.csv and comparisons.csv below `out`.
 
     `roles` says base, expert or merge for each model; `weights` is the sha256 of its weights, by which samples and
-    verdicts are kept below `cache`. All prompts get the base's chat template. Raises EvaluationError before the engine
-    starts where a prompt can't be asked of every model alike, ConfigError where the protocol can't be followed.
+    verdicts are kept below `cache`; `margin` and `select` are those of `comparison_rows`. All prompts get the base's
+    chat template. Raises EvaluationError before the engine starts where a prompt can't be asked of every model alike,
+    ConfigError where the protocol can't be followed.
     """
     start, models = time.monotonic(), {name: Path(path) for name, path in models.items()}
     job = _prepare(models, tasks, protocol, engine, roles, Path(cache), Path(out), seed)
@@ -93,15 +94,14 @@ def evaluate(
             _finish(job, behind.popleft(), verdicts)
         verdicts.close()
         level = grader.sandbox_level
-    comparisons = comparison_rows(job.matrices, roles, seed=seed)
-    write_csv(job.out / "scores.csv", SCORES, job.scores)
-    write_csv(job.out / "comparisons.csv", COMPARISONS, comparisons)
+    found = score(
+        job.tallies, roles, job.out, protocol=job.protocol, ks=job.ks, seed=seed, margin=margin, select=select
+    )
     sampler = job.sampler
     if sampler.damaged:
         job.alarms.append(f"{sampler.damaged} stored samples were damaged: set aside and made again")
     return {
-        "scores": job.scores,
-        "comparisons": comparisons,
+        **found,
         "sandbox_level": level,
         "prompt_sha256": combined_sha256(job.prompts),
         "alarms": job.alarms,
@@ -152,20 +152,21 @@ def _ask(job: Evaluation, folder: Path, asked: Asked, verdicts: Verdicts, progre
 
 
 def _finish(job: Evaluation, asked: Asked, verdicts: Verdicts) -> None:
-    """Wait for the verdicts of one model; write its samples and score them."""
-    rows = []
-    for each in job.wanted:
-        row, future = asked.answers[each]
-        verdict = future.result() if future else ENGINE_ERROR
-        rows.append(graded_row(each, row, verdict, run_seed=job.sampler.seed, weights=asked.weights))
+    """Wait for the verdicts of one model; write its samples and count them."""
+    tallies = job.tallies[asked.name] = {task.name: Tally.of(task, job.n[task.name]) for task in job.tasks}
+    places = {(task.name, problem.id): i for task in job.tasks for i, problem in enumerate(task.problems)}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for each in job.wanted:
+            row, future = asked.answers[each]
+            verdict = future.result() if future else ENGINE_ERROR
+            graded = graded_row(each, row, verdict, run_seed=job.sampler.seed, weights=asked.weights)
+            tallies[each.task].add(places[each.task, each.problem], graded, thinks=each.prompt.thinks)
+            yield graded
+
+    write_jsonl(job.out / "samples" / f"{asked.name.replace('/', '_')}.jsonl", rows())
     verdicts.save()
-    write_jsonl(job.out / "samples" / f"{asked.name.replace('/', '_')}.jsonl", rows)
-    cut = count_cut(rows, job.tasks, job.prompts)
-    job.alarms += alarms(asked.name, rows, cut["truncated"])
-    job.matrices[asked.name] = correct_matrices(rows, job.tasks, job.n)
-    job.scores += score_rows(
-        asked.name, job.matrices[asked.name], protocol=job.protocol, ks=job.ks, seed=job.sampler.seed, **cut
-    )
+    job.alarms += alarms(asked.name, tallies)
 
 
 def _part(progress: Progress | None, number: int, models: int) -> Progress:

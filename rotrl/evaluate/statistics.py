@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rotrl.errors import EvaluationError
+from rotrl.evaluate.resampling import draws, percentiles, signs, weighed
 
 Array = NDArray[np.floating]
 RESAMPLES = 10_000
@@ -81,8 +82,8 @@ def problem_interval(
     if all(np.ptp(v) == 0 for v in values):
         bound = ((1 - level) / 2) ** (1 / min(map(len, values)))
         return Interval(mean, bound if mean == 1 else mean, 1 - bound if mean == 0 else mean)
-    means = np.mean([_draws(len(v), resamples, seed + i) @ v for i, v in enumerate(values)], axis=0)
-    return Interval(mean, *_percentiles(means, level, min(map(len, values))))
+    means = np.mean([weighed(draws(len(v), resamples, seed + i), v) for i, v in enumerate(values)], axis=0)
+    return Interval(mean, *percentiles(means, level, min(map(len, values))))
 
 
 def sampling_interval(correct: Sequence[Array], k: int = 1, *, level: float = 0.95) -> Interval:
@@ -119,7 +120,8 @@ def paired_difference(
 ) -> Difference:
     """Mean over problems of `a - b`, the same problems in the same order in both.
 
-    Interval: bootstrap over problems. p-value: two-sided sign flips of the problems' differences, (1 + #) / (1 + B).
+    Interval: bootstrap over problems. p-value: two-sided sign flips of the problems' differences, (1 + #) / (1 + B);
+    where no flip was as extreme, Hoeffding's bound 2 exp(-T^2 / (2 sum d^2)) of T = sum d if that is smaller.
     """
     deltas = _clean([np.asarray(x) - np.asarray(y) for x, y in zip(a, b, strict=True)])
     joined = np.concatenate(deltas)
@@ -127,9 +129,32 @@ def paired_difference(
     if not joined.any():
         return Difference(0.0, 0.0, 0.0, 1.0, *tally)
     mean, low, high = problem_interval(deltas, level=level, resamples=resamples, seed=seed)
-    flipped = np.mean([_signs(len(d), resamples, seed + i) @ d / len(d) for i, d in enumerate(deltas)], axis=0)
+    flipped = np.mean([weighed(signs(len(d), resamples, seed + i), d) for i, d in enumerate(deltas)], axis=0)
     extreme = int((np.abs(flipped) >= abs(mean) * (1 - 1e-12)).sum())  # the observed signs, up to rounding
-    return Difference(mean, low, high, (1 + extreme) / (1 + resamples), *tally)
+    p_value = (1 + extreme) / (1 + resamples)
+    if not extreme:  # a table of hundreds of comparisons needs p-values below 1 / B
+        spread = sum((d**2).sum() / len(d) ** 2 for d in deltas) / len(deltas) ** 2
+        p_value = min(p_value, 2 * float(np.exp(-(mean**2) / (2 * spread))))
+    return Difference(mean, low, high, p_value, *tally)
+
+
+def equivalence(a: Sequence[Array], b: Sequence[Array], *, margin: float) -> float:
+    """p-value of two one-sided t-tests (TOST): how likely this is of models that lie `margin` or more apart.
+
+    Below .05 the 90 % interval of the paired difference lies within the margin: the models are equivalent, which "not
+    significantly different" never says. Where all problems differ by the same, the margin's exact binomial bound.
+    Schuirmann 1987, J. Pharmacokinet. Biopharm. 15, 657.
+    """
+    from scipy.special import stdtr
+
+    deltas = _clean([np.asarray(x) - np.asarray(y) for x, y in zip(a, b, strict=True)])
+    problems, mean = min(map(len, deltas)), abs(float(np.mean([d.mean() for d in deltas])))
+    if mean >= margin or problems < 2:
+        return 1.0
+    error = float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in deltas))) / len(deltas)
+    if error < 1e-12:
+        return (1 - (margin - mean)) ** problems
+    return float(stdtr(problems - 1, (mean - margin) / error))  # the nearer side's p-value is the larger one
 
 
 def retention(
@@ -149,11 +174,11 @@ def retention(
     if not gain.low > 0:
         return None
     triples = _clean([np.stack([m, b, e], axis=-1) for m, b, e in zip(merge, base, expert, strict=True)])
-    draws = np.sum([_draws(len(t), resamples, seed + i) @ t for i, t in enumerate(triples)], axis=0)
+    drawn = np.sum([weighed(draws(len(t), resamples, seed + i), t) for i, t in enumerate(triples)], axis=0)
     m, b, e = np.sum([t.mean(axis=0) for t in triples], axis=0)
-    drawn = draws[draws[:, 2] != draws[:, 1]]
+    drawn = drawn[drawn[:, 2] != drawn[:, 1]]
     ratios = (drawn[:, 0] - drawn[:, 1]) / (drawn[:, 2] - drawn[:, 1])
-    return Interval(float((m - b) / (e - b)), *_percentiles(ratios, level, min(map(len, triples))))
+    return Interval(float((m - b) / (e - b)), *percentiles(ratios, level, min(map(len, triples))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -192,26 +217,3 @@ def _clean(strata: Sequence[Array]) -> list[Array]:
             raise EvaluationError("a task has no problem that was graded for every model compared; see the alarms")
         kept.append(values)
     return kept
-
-
-def _percentiles(draws: Array, level: float, problems: int) -> tuple[float, float]:
-    from scipy.special import stdtrit
-
-    if problems > 1:
-        t = stdtrit(problems - 1, (1 + level) / 2) * np.sqrt(problems / (problems - 1))
-        level = 2 * NormalDist().cdf(float(t)) - 1
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@lru_cache(maxsize=16)
-def _draws(problems: int, resamples: int, seed: int) -> Array:
-    """(resamples, problems): how often each problem was drawn, over the number drawn; all models share it."""
-    rng = np.random.default_rng([seed, problems])
-    drawn = rng.integers(problems, size=(resamples, problems)) + problems * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * problems).reshape(resamples, problems) / problems
-
-
-@lru_cache(maxsize=16)
-def _signs(problems: int, resamples: int, seed: int) -> Array:
-    return np.random.default_rng([seed, problems, 1]).integers(2, size=(resamples, problems)) * 2.0 - 1

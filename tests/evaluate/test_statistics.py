@@ -51,14 +51,14 @@ def test_one_sample_a_problem_has_no_known_sampling_error():
 
 @pytest.mark.parametrize(
     ("problems", "n", "a", "b"),
-    [(30, 16, 0.5, 0.8), (60, 8, 0.3, 1.2), (300, 4, 4.0, 1.0)],
-    ids=["aime", "hard", "easy"],
+    [(30, 64, 0.6, 0.9), (30, 64, 0.6, 1.4), (60, 8, 0.3, 1.2), (500, 4, 4.5, 0.5), (300, 4, 4.0, 1.0)],
+    ids=["aime .4", "aime .3", "hard", "math .9", "easy"],
 )
 def test_intervals_cover_the_truth_in_93_to_97_percent(problems, n, a, b):
-    """1200 worlds: p ~ Beta(a, b) per problem. Problem-level intervals hold the mean of the Beta, sampling intervals
+    """1500 worlds: p ~ Beta(a, b) per problem. Problem-level intervals hold the mean of the Beta, sampling intervals
     the mean of the drawn p, paired intervals the mean difference to a model that is .1 better or worse by problem."""
     rng = np.random.default_rng(0)
-    worlds, hits = 1200, np.zeros(3)
+    worlds, hits = 1500, np.zeros(3)
     for _ in range(worlds):
         p = rng.beta(a, b, size=problems)
         q = np.where(rng.random(problems) < 0.75, p + 0.1 * (1 - p), 0.9 * p)
@@ -145,6 +145,43 @@ def test_retention_interval_by_the_delta_method():
 def test_holm_by_hand():
     assert s.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert s.holm([]) == []
+
+
+def test_a_p_value_below_the_resolution_of_the_flips_is_a_bound_on_the_exact_one():
+    """20 problems: all 2^20 flips are known, none of them but two is as extreme as equal signs."""
+    delta = np.linspace(0.1, 1.0, 20)
+    found = s.paired_difference([delta], [np.zeros(20)], resamples=500)
+    assert 2 / 2**20 <= found.p_value < 1 / 501
+    assert found.p_value == pytest.approx(2 * np.exp(-(delta.sum() ** 2) / (2 * (delta**2).sum())))
+    two = s.paired_difference([delta, delta], [np.zeros(20), np.zeros(20)], resamples=500)
+    assert two.p_value == pytest.approx(found.p_value**2 / 2)  # twice the evidence
+
+
+def test_equivalence_is_two_one_sided_t_tests():
+    from scipy.stats import ttest_1samp
+
+    delta = np.random.default_rng(7).normal(0.004, 0.1, 400)
+    upper = ttest_1samp(delta, 0.02, alternative="less").pvalue
+    lower = ttest_1samp(delta, -0.02, alternative="greater").pvalue
+    found = s.equivalence([delta], [np.zeros(400)], margin=0.02)
+    assert found == pytest.approx(max(upper, lower))
+    assert s.equivalence([np.zeros(400)], [delta], margin=0.02) == pytest.approx(found)
+    assert s.equivalence([delta + 0.05], [np.zeros(400)], margin=0.02) == 1.0
+    same = np.full(300, 0.5)
+    assert s.equivalence([same], [same], margin=0.02) == pytest.approx(0.98**300)
+    assert s.equivalence([same[:3]], [same[:3]], margin=0.02) > 0.9  # three equal problems prove nothing
+
+
+def test_models_that_lie_a_margin_apart_are_rarely_called_equivalent():
+    rng, worlds = np.random.default_rng(8), 2000
+    called = [
+        s.equivalence(
+            [rng.normal(0.02, 0.08, 100), rng.normal(0.02, 0.05, 60)], [np.zeros(100), np.zeros(60)], margin=0.02
+        )
+        < 0.05
+        for _ in range(worlds)
+    ]
+    assert 0.035 < np.mean(called) < 0.065
 
 
 def test_a_task_without_any_graded_problem_is_an_error():
