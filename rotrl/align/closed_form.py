@@ -31,6 +31,7 @@ def procrustes(
     anchor: float = 0.01,
     max_tokens: int | None = None,
     batch: int = 64,
+    vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
     """`R = argmin |S R - T|` (right) or `|R S - T|` (left) for every linear map S of the source, T the teachers' mean.
 
@@ -39,10 +40,10 @@ def procrustes(
     NumericsError where the solution is a reflection.
     """
     began = time.monotonic()
-    problem = pose(base, experts, source=source, start=start, teachers=teachers)
+    problem = pose(base, experts, source=source, start=start, teachers=teachers, vectors=vectors)
     rotations = problem.closed_form(side=side, anchor=anchor)
     refuse_reflections(rotations)
-    models = {"base": base, **experts}
+    models = {"base": base, **(vectors or experts)}
     names = ("procrustes", "weights")
     summary = write_results(out, problem, rotations, models, *names, closed=rotations)
     before = after = {}

@@ -53,6 +53,7 @@ def learn(
     heldout: float = 0.1,
     checkpoint_every: int = 20,
     adapter: bool = False,
+    vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
     """Changes the linear maps of the source within a family so that the model speaks like the teachers.
 
@@ -60,20 +61,22 @@ def learn(
     teacher is an alignment, several are multi-teacher distillation, which is a learned merge. Writes
     rotations.safetensors or deltas.safetensors and align.csv into `out`; an interrupted call, made again, continues
     from `out/align.ckpt`. `adapter` adds a PEFT adapter of the source. `hyper` is what the family was made from, with
-    its lr.
+    its lr. `vectors` are the experts as merges see them, where they are not themselves (`pose`).
 
     KL is in nats per token on problems held out from the fit: `kl_before` of the source, `kl_after` adapted. Angles
     are in degrees. `explained` and `closed_form` are the shares of |source - mean teacher|^2 that the learned weights
     and the Procrustes rotations remove. ConfigError for absent or malformed rollouts and when what is resumed was
     asked for differently, NumericsError for gradients that stay NaN.
     """
-    passed = {key: value for key, value in locals().items() if key not in ("base", "experts", "out", "progress")}
+    passed = {
+        key: value for key, value in locals().items() if key not in ("base", "experts", "vectors", "out", "progress")
+    }
     asked = {key: value for key, value in passed.items() if key not in ("build", "hyper")} | hyper
     began = time.monotonic()
     if hyper.get("init", "identity") not in ("identity", "procrustes"):
         raise ConfigError(f"align.init={hyper['init']!r}; one of: identity, procrustes")
-    models = {"base": base, **experts}
-    problem = pose(base, experts, source=source, start=start, teachers=teachers)
+    models = {"base": base, **(vectors or experts)}
+    problem = pose(base, experts, source=source, start=start, teachers=teachers, vectors=vectors)
     everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
     identity = identify(asked, models)
     resume = resumable(out / CHECKPOINT, identity)

@@ -62,8 +62,13 @@ def pose(
     source: str,
     start: Mapping[str, Any] | None,
     teachers: str | Sequence[str],
+    vectors: Mapping[str, Checkpoint] | None = None,
 ) -> Problem:
-    """Reads or merges the source: "base", an expert's name, or "start", the merge that the config `start` gives."""
+    """Reads or merges the source: "base", an expert's name, or "start", the merge that the config `start` gives.
+
+    Teachers are the experts themselves; as a source and in the start they are what `vectors` says, if it is given.
+    """
+    vectors = vectors or experts
     names = list(experts) if teachers == "all" else [teachers] if isinstance(teachers, str) else list(teachers)
     if unknown := [name for name in names if name not in experts]:
         raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: all, {', '.join(experts)}")
@@ -77,11 +82,11 @@ def pose(
         if not start:
             raise ConfigError("align.source=start needs align.start, the config of a merge; or source=base")
         spec = dict(start)
-        return Problem({"merge": spec}, merge_state(base, dict(experts), bind(spec, list(experts))), chosen)
+        return Problem({"merge": spec}, merge_state(base, vectors, bind(spec, list(vectors))), chosen)
     if source == "base":
         return Problem({"model": "base"}, {name: base.read(name) for name in base.tensors}, chosen, str(base.path))
     if source not in experts:
         raise ConfigError(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
-    expert = experts[source]
+    expert = vectors[source]
     state = {name: expert.read(name) for name in expert.tensors}
-    return Problem({"expert": source}, state, chosen, str(expert.path))
+    return Problem({"expert": source}, state, chosen, None if expert.derived else str(expert.path))

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rotrl.app import provenance
+from rotrl.app import descent, provenance
 from rotrl.app.prepare import Prepared, check_keywords, prepare
 from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.folder import on_disk
@@ -128,7 +128,8 @@ def evidence(job: Run) -> None:
             with job.bar("lineage") as progress:
                 return lineage(models.base, models.experts, out / "evidence", progress=progress)
 
-        job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
+        found = job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
+        job.record.data["warnings"] += descent.warnings(found, models.methods)
     if settings.get("geometry"):
         tuned = {**models.experts, **models.controls}
         inputs = [settings["geometry"], models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
@@ -152,6 +153,8 @@ def evidence(job: Run) -> None:
                 return stage(models.base, models.experts, out / "evidence", **shared)
 
         job.record.data["function"] = job.stages.run("function", inputs, (*packages, "align"), test)
+    job.prepared, notes = descent.settled(models, job.record.data.get("lineage"))
+    job.record.data["warnings"] += notes
 
 
 def rollouts(job: Run) -> dict[str, Path] | None:
@@ -212,7 +215,8 @@ def fit(
 ) -> dict[str, Any]:
     """One alignment as a stage; its files appear in `folder` of the run folder."""
     models, shared = job.prepared, {"trainer": job.cfg["trainer"], "seed": job.cfg["seed"]}
-    inputs = [settings, *shared.values(), models.weights]
+    inputs = [settings, *shared.values(), models.weights, {n: vector.sha256 for n, vector in models.vectors.items()}]
+    shared["vectors"] = models.vectors
     inputs.append({name: file_hash(path) for name, path in (files or {}).items()})
 
     def produce(out: Path) -> dict[str, Any]:
@@ -237,7 +241,7 @@ def merge(job: Run) -> None:
         with job.bar(f"merge {label}") as progress:
             result = write_merge(
                 models.base,
-                models.experts,
+                models.vectors,
                 method,
                 target,
                 dtype=job.cfg["dtype"],

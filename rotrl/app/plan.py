@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rotrl.app import descent
 from rotrl.app.models import locate_all
 from rotrl.app.prepare import Prepared, check_keywords, methods_of, prepare
 from rotrl.errors import RotrlError
@@ -30,6 +31,7 @@ def show_plan(cfg: dict[str, Any]) -> None:
     check_keywords(cfg)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
+    _descent(prepared, console)
     _merges(prepared, console)
     _evaluation(cfg, 1 + len(prepared.experts) + len(prepared.methods), console)
 
@@ -72,6 +74,22 @@ def _align_details(align: Mapping[str, Any] | None) -> str:
     told = [f"{key} {align[key]}" for key in keys if key in align]
     told += [f"control {label}" for label in align.get("controls") or {}]
     return " (" + ", ".join(told) + ")"
+
+
+def _descent(prepared: Prepared, console: Console) -> None:
+    """Who descends from whom, told by some of the tensors, where merges would assume otherwise."""
+    from rotrl.evidence.lineage import glance
+
+    if not prepared.methods:
+        return
+    found = glance(prepared.base, prepared.experts)
+    looked = f"(by {found['looked']} of {found['tensors']} tensors)"
+    console.print(f"  lineage   {found['verdict']} {looked}", highlight=False)
+    for text in descent.warnings(found, prepared.methods):
+        console.print(f"  warning   {text}", highlight=False, markup=False)
+    if (children := descent.parents(found["pairs"])) and not prepared.cfg["models"].get("rebase"):
+        told = " and ".join(f"{child} - {parent}" for child, parent in children.items())
+        console.print(f"  warning   models.rebase=true takes {told} as task vectors", highlight=False, markup=False)
 
 
 def _merges(prepared: Prepared, console: Console) -> None:

@@ -35,6 +35,7 @@ class Prepared:
     """The checked input of a run. `prompts` holds what each teacher is sampled on, if alignment needs samples.
 
     `applied` maps the labels of merges that apply what a control of the alignment learned to the control.
+    `vectors` are the experts as merges see them (app.descent), set once the lineage is known.
     """
 
     cfg: dict[str, Any]
@@ -45,6 +46,7 @@ class Prepared:
     tasks: list[Task]
     prompts: dict[str, Task] = field(default_factory=dict)
     applied: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -55,6 +57,7 @@ class Prepared:
         """Names the run folder: the same inputs and code give the same folder, whatever the paths are."""
         settings = {key: value for key, value in self.cfg.items() if key not in (*PRESENTATION, "models")}
         controls = {name: model.sha256 for name, model in self.controls.items()}
+        settings |= {key: self.cfg["models"].get(key) for key in ("rebase", "canonicalize")}
         asked = [content_digest(task) for task in (*self.tasks, *self.prompts.values())]
         return digest([settings, self.weights, controls, asked, source_digest(PACKAGES)])
 
@@ -89,6 +92,7 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
+    check_rebase(cfg, experts)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
@@ -171,6 +175,25 @@ def check_align(prepared: Prepared) -> None:
     for label, method in prepared.methods.items():
         if method.name == "geodesic_aligned" and prepared.cfg["align"]["source"] != first:
             raise ConfigError(f"merge {label!r} starts at the first expert; choose align.source={first}")
+
+
+def check_rebase(cfg: Mapping[str, Any], experts: Mapping[str, Checkpoint]) -> None:
+    """ConfigError for a models.rebase that can't be followed."""
+    rebased = cfg["models"].get("rebase")
+    if rebased is True and not cfg["evidence"].get("lineage"):
+        raise ConfigError(
+            "models.rebase=true asks the lineage who descends from whom, and there is none; choose evidence=lineage or "
+            "name them: 'models.rebase={CHILD: PARENT}'"
+        )
+    if rebased in (None, True, False):
+        return
+    if not isinstance(rebased, Mapping):
+        raise ConfigError(f"models.rebase is {rebased!r}; true, false or {{CHILD: PARENT}} is expected")
+    for name in (*rebased, *rebased.values()):
+        if name not in experts:
+            raise ConfigError(f"models.rebase: no expert {name!r}; one of: {', '.join(experts)}")
+    if loops := [child for child, parent in rebased.items() if child == parent or rebased.get(parent) == child]:
+        raise ConfigError(f"models.rebase: {loops[0]!r} can't descend from itself; name the parent of each child once")
 
 
 def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:

@@ -5,7 +5,7 @@ Siblings (both trained from the base) move independently: cos(A - base, B - base
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,38 @@ def lineage(
     Raises CheckpointError if the models don't fit.
     """
     check_family(base, experts)
+    found, rows = _compare(base, experts, list(base.tensors), progress)
+    write_table(out / "lineage.csv", COLUMNS, rows)
+    return found
+
+
+def glance(base: Checkpoint, experts: Mapping[str, Checkpoint], *, entries: int = 1 << 25) -> dict[str, Any]:
+    """The verdict of `lineage` from some of the matrices, spread over the layers: what a plan can tell in a second.
+
+    `looked` and `tensors` say how many of how many tensors were read.
+    """
+    names = [name for name, info in base.tensors.items() if role_of(name, info.shape).is_matrix] or list(base.tensors)
+    size = sum(math.prod(base.tensors[name].shape) for name in names) * len({"base", *experts})
+    chosen = names[:: max(1, math.ceil(size / entries))]
+    found, _ = _compare(base, experts, chosen, None)
+    return found | {"looked": len(chosen), "tensors": len(base.tensors)}
+
+
+def _compare(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The verdict over the named tensors, and the rows of lineage.csv."""
     models = {"base": base, **experts}
     pairs = list(combinations(experts, 2)) or [(name, name) for name in experts]
     copies = {pair: {SAME, *ROUNDINGS} for pair in permutations(models, 2)}
     kin = {pair: Kinship() for pair in pairs}
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
-    for done, (name, info) in enumerate(base.tensors.items()):
+    for done, name in enumerate(names):
         tensors = {key: model.read(name) for key, model in models.items()}
-        role = role_of(name, info.shape)
+        role = role_of(name, base.tensors[name].shape)
         for (original, copy), kinds in copies.items():
             kinds &= {kind for kind in kinds if _is_copy(tensors[original], tensors[copy], kind)}
         for pair in pairs:
@@ -73,22 +97,21 @@ def lineage(
             about = {"tensor": name, "layer": role.layer, "module": role.module}
             rows[pair].append(about | {"dtype": _dtypes(tensors["base"], a, b)} | _row(pair, sums))
         if progress:
-            progress(done + 1, len(base.tensors))
+            progress(done + 1, len(names))
     for pair in pairs:
         rows[pair].append({"tensor": "all"} | _row(pair, kin[pair].total))
-    write_table(out / "lineage.csv", COLUMNS, [row for pair in pairs for row in rows[pair]])
-
     seen = {pair[0]: kin[pair] for pair in pairs} | {pair[1]: kin[pair].swapped for pair in pairs}
     origins = {name: origin(name, seen[name], copies) for name in experts}
     related = [relate(a, b, kin[a, b], origins, copies) for a, b in pairs if a != b]
     verdict, words = overall(related, origins)
-    return {
+    found = {
         "verdict": verdict,
         "words": words,
         "pairs": related,
         "experts": origins,
         "consequences": consequences(verdict, related),
     }
+    return found, [row for pair in pairs for row in rows[pair]]
 
 
 def _sums(base: Tensor, a: Tensor, b: Tensor) -> Sums:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rotrl.linalg.procrustes import polar
+
 State = dict[str, Tensor]
 
 
@@ -97,6 +99,77 @@ def neurons(state: State, layer: int, order: Sequence[int] | Tensor, scale: Tens
         f"{at}.up_proj.weight": scale[:, None] * up[order],
         f"{at}.down_proj.weight": down[:, order] / scale,
     }
+
+
+def nearest_gauge(state: State, target: State, layer: int, width: int) -> State:
+    """The layer in the gauge nearest to that of `target`: rotations of values, RoPE planes, order and scale of neurons.
+
+    Values of a KV group: `R = polar(V0 V^T + sum_h O0_h^T O_h)`, which minimises `|R V - V0|^2 + |O R^T - O0|^2`. A
+    plane of RoPE: the angle that minimises the distance of queries and keys. Neurons: the assignment of greatest
+    cosines, then `scale = sqrt(|up0| |down| / (|up| |down0|))`. `width` is that of a head; biases count and turn too.
+    """
+    for group in range(len(state[f"{_attention(layer)}.k_proj.weight"]) // width):
+        state = head_rotation(state, layer, group, _nearest_values(state, target, layer, group, width))
+        state = rope_rotation(state, layer, group, _nearest_planes(state, target, layer, group, width))
+    return neurons(state, layer, *_nearest_neurons(state, target, layer))
+
+
+def _nearest_values(state: State, target: State, layer: int, group: int, width: int) -> Tensor:
+    heads, at = _groups(state, layer, width), _attention(layer)
+    rows = slice(group * width, (group + 1) * width)
+    overlap = _with_bias(target, f"{at}.v_proj", rows) @ _with_bias(state, f"{at}.v_proj", rows).T
+    for head in range(group * heads, (group + 1) * heads):
+        columns = slice(head * width, (head + 1) * width)
+        o0, o = (each[f"{at}.o_proj.weight"][:, columns].double() for each in (target, state))
+        overlap += o0.T @ o
+    return polar(overlap)
+
+
+def _nearest_planes(state: State, target: State, layer: int, group: int, width: int) -> Tensor:
+    heads, at = _groups(state, layer, width), _attention(layer)
+    rows = [(f"{at}.k_proj", group)] + [(f"{at}.q_proj", h) for h in range(group * heads, (group + 1) * heads)]
+    cosine = sine = torch.zeros(width // 2, dtype=torch.float64)
+    for module, head in rows:
+        part = slice(head * width, (head + 1) * width)
+        (x1, x2), (y1, y2) = (_with_bias(each, module, part).chunk(2) for each in (state, target))
+        cosine = cosine + (x1 * y1 + x2 * y2).sum(1)
+        sine = sine + (x1 * y2 - x2 * y1).sum(1)
+    return torch.atan2(sine, cosine)
+
+
+def _nearest_neurons(state: State, target: State, layer: int) -> tuple[Tensor, Tensor]:
+    """(order, scale) of the neurons, as `neurons` takes them."""
+    from scipy.optimize import linear_sum_assignment
+
+    gate, up, down = (_neuron_rows(state, layer, x) for x in ("gate", "up", "down"))
+    gate0, up0, down0 = (_neuron_rows(target, layer, x) for x in ("gate", "up", "down"))
+    cosines = _cosines(gate0, gate) + (_cosines(up0, up) + _cosines(down0, down)).abs() / 2  # up and down share a sign
+    order = cosines.argmax(1)
+    if len(order.unique()) < len(order):  # where every neuron's best partner is its own, that is the assignment
+        order = torch.as_tensor(linear_sum_assignment(cosines.numpy(), maximize=True)[1])
+    up, down = up[order], down[order]
+    up_norm, down_norm, up0_norm, down0_norm = (rows.double().norm(dim=1) for rows in (up, down, up0, down0))
+    size = ((up0_norm * down_norm) / (up_norm * down0_norm)).sqrt()
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    against = (up0 * up).sum(1) / (up_norm * up0_norm) + (down0 * down).sum(1) / (down_norm * down0_norm) < 0
+    return order, torch.where(against, -size, size)
+
+
+def _neuron_rows(state: State, layer: int, module: str) -> Tensor:
+    weight = state[f"model.layers.{layer}.mlp.{module}_proj.weight"]
+    return weight.T.contiguous() if module == "down" else weight
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(y, dim=1).T
+
+
+def _with_bias(state: State, module: str, rows: slice) -> Tensor:
+    """Rows of a weight in float64, the bias as one more column where there is one."""
+    parts = [state[f"{module}.weight"][rows].double()]
+    if f"{module}.bias" in state:
+        parts.append(state[f"{module}.bias"][rows, None].double())
+    return torch.cat(parts, 1)
 
 
 def _attention(layer: int) -> str:

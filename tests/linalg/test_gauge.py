@@ -7,6 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from rotrl.linalg.gauge import (
     fold_norms,
     head_rotation,
+    nearest_gauge,
     neurons,
     query_key_rotation,
     residual_rotation,
@@ -123,6 +124,44 @@ def test_all_gauges_together(state):
         moved = neurons(moved, layer, torch.arange(MIDDLE).flip(0), random(MIDDLE, seed=3) + 3)
     moved = residual_rotation(moved, orthogonal(HIDDEN, seed=9))
     assert change(state, moved) < 1e-12
+
+
+def disguised(state):
+    """Another gauge of the same model: values, RoPE planes and neurons of every layer."""
+    moved = dict(state)
+    for layer in range(LAYERS):
+        for group in range(GROUPS):
+            moved = head_rotation(moved, layer, group, orthogonal(WIDTH, seed=5 + group + layer))
+            moved = rope_rotation(moved, layer, group, 3 * random(WIDTH // 2, seed=group))
+        order = torch.randperm(MIDDLE, generator=torch.Generator().manual_seed(layer))
+        moved = neurons(moved, layer, order, random(MIDDLE, seed=3))
+    return moved
+
+
+def nearest(state, target):
+    for layer in range(LAYERS):
+        state = nearest_gauge(state, target, layer, WIDTH)
+    return state
+
+
+def test_the_nearest_gauge_undoes_another(state):
+    found = nearest(disguised(state), state)
+    for name, W in state.items():
+        torch.testing.assert_close(found[name], W, rtol=1e-9, atol=1e-9)
+
+
+def test_the_nearest_gauge_of_a_disguised_expert_is_the_expert_s_and_computes_the_same(state):
+    expert = {name: W + 0.01 * random(*W.shape, seed=50 + i) for i, (name, W) in enumerate(sorted(state.items()))}
+    hidden = disguised(expert)
+    found, own = nearest(hidden, state), nearest(expert, state)
+
+    def distance(other):
+        return sum(float((other[name] - W).square().sum()) for name, W in state.items())
+
+    assert change(hidden, found) < 1e-12
+    for name, W in own.items():  # whatever gauge an expert comes in, one is found
+        torch.testing.assert_close(found[name], W, rtol=1e-6, atol=1e-6)
+    assert distance(own) < 1.01 * distance(expert) < 1e-3 * distance(hidden)
 
 
 def test_a_head_that_does_not_fit_is_refused(state):
