@@ -54,7 +54,7 @@ def parents(pairs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {child: parent for child, (_, parent) in found.items()}
 
 
-def settled(prepared: Prepared, lineage: Mapping[str, Any] | None) -> tuple[Prepared, list[str]]:
+def settled(prepared: Prepared, lineage: Mapping[str, Any]) -> tuple[Prepared, list[str]]:
     """The input with `vectors` as models.rebase and models.canonicalize want them, and notes that say so."""
     models, cache = prepared.cfg["models"], Path(prepared.cfg["cache_dir"])
     vectors, notes = dict(prepared.experts), []
@@ -63,7 +63,7 @@ def settled(prepared: Prepared, lineage: Mapping[str, Any] | None) -> tuple[Prep
         notes.append("merges see every expert in the gauge nearest to the base (models.canonicalize)")
     rebased = models.get("rebase")
     if rebased is True:
-        rebased = parents((lineage or {}).get("pairs") or [])
+        rebased = parents(lineage.get("pairs") or [])
         if not rebased:
             notes.append("models.rebase: no expert descends from another, so none is re-based")
     for child, parent in (rebased or {}).items():

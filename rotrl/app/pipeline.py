@@ -128,8 +128,7 @@ def evidence(job: Run) -> None:
             with job.bar("lineage") as progress:
                 return lineage(models.base, models.experts, out / "evidence", progress=progress)
 
-        found = job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
-        job.record.data["warnings"] += descent.warnings(found, models.methods)
+        job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
     if settings.get("geometry"):
         tuned = {**models.experts, **models.controls}
         inputs = [settings["geometry"], models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
@@ -153,8 +152,11 @@ def evidence(job: Run) -> None:
                 return stage(models.base, models.experts, out / "evidence", **shared)
 
         job.record.data["function"] = job.stages.run("function", inputs, (*packages, "align"), test)
-    job.prepared, notes = descent.settled(models, job.record.data.get("lineage"))
+    found = job.record.data.get("lineage") or {}
+    job.prepared, notes = descent.settled(models, found)
     job.record.data["warnings"] += notes
+    if not job.cfg["models"].get("rebase"):
+        job.record.data["warnings"] += descent.warnings(found, models.methods)
 
 
 def rollouts(job: Run) -> dict[str, Path] | None:

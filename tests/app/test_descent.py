@@ -54,7 +54,7 @@ def test_a_descendant_is_warned_of_and_rebased_on_request(trio, tmp_path, monkey
     siblings, expected = merged(tmp_path, monkeypatch)
     assert siblings["lineage"]["verdict"] == "siblings"
     assert siblings["warnings"] == []
-    assert "merges take code - math as the task vector of code (models.rebase)" in asked["warnings"]
+    assert asked["warnings"] == ["merges take code - math as the task vector of code (models.rebase)"]
     assert asked["digest"] != record["digest"]
     for name, tensor in expected.items():
         torch.testing.assert_close(once[name], tensor, rtol=1e-5, atol=1e-5)
