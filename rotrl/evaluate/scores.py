@@ -83,7 +83,9 @@ def score_rows(
             used = np.where(graded[:, None] >= k, tally.correct, np.nan)
             interval = problem_interval([pass_at_k(used, k)], seed=seed)
             rows.append(_row(about | {"metric": f"pass@{k}"}, interval, [tally], sampling_interval([used], k), k))
-        for k in (k for k in possible if k > 1 and tally.votes is not None):
+        for k in (k for k in possible if k > 1):
+            if tally.votes is None:
+                break
             votes = np.where(graded[:, None] >= k, tally.votes, UNKNOWN)
             interval = problem_interval([maj_at_k(votes, k)], seed=seed)
             rows.append(_row(about | {"metric": f"maj@{k}"}, interval, [tally], UNKNOWN_INTERVAL, k))
