@@ -13,12 +13,13 @@ def load_models(
     base: Checkpoint, problem: Problem, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
     """(student, teachers) on the CPU. The student has the base's architecture and every tensor of the source."""
-    student = _load(base, dtype)
+    student = load_model(base, dtype)
     _fill(student, problem.state, base)
-    return student, {name: _load(teacher, dtype) for name, teacher in problem.teachers.items()}
+    return student, {name: load_model(teacher, dtype) for name, teacher in problem.teachers.items()}
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a checkpoint; CheckpointError where there is none for it."""
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rotrl.app import descent, provenance
 from rotrl.app.prepare import Prepared, check_keywords, prepare
-from rotrl.app.stage import Stages, digest
+from rotrl.app.stage import Stages, digest, source_digest
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
 from rotrl.report.record import Record
@@ -90,7 +90,7 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
 def as_folders(prepared: Prepared) -> Prepared:
     """Adapters and padded models as folders, where a stage loads models by their folder."""
     cfg, cache = prepared.cfg, Path(prepared.cfg["cache_dir"])
-    if not (cfg["evaluation"] or cfg["align"] or cfg["evidence"].get("function")):
+    if not (cfg["evaluation"] or cfg["align"] or cfg["evidence"].get("function") or prepared.gram):
         return prepared
     experts = {name: on_disk(model, cache) for name, model in prepared.experts.items()}
     return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
@@ -234,7 +234,7 @@ def merge(job: Run) -> None:
     from rotrl.align.results import ROTATIONS, learned_file
     from rotrl.merge.engine import merge as write_merge
 
-    models = job.prepared
+    models, gathered = job.prepared, grams(job)
     merges = job.record.data.setdefault("merges", {})
     for label, method in models.methods.items():
         target = target_of(job, label)
@@ -249,6 +249,7 @@ def merge(job: Run) -> None:
                 dtype=job.cfg["dtype"],
                 rounding=job.cfg["rounding"],
                 rotations=learned,
+                grams=gathered,
                 overwrite=job.cfg["overwrite"],
                 progress=progress,
             )
@@ -258,6 +259,28 @@ def merge(job: Run) -> None:
         job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
         job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
         job.record.save()
+
+
+def grams(job: Run) -> dict[str, Path] | None:
+    """Gram matrices of every expert's samples, if a merge needs them; made once, kept by weights and samples."""
+    models = job.prepared
+    if models.gram is None:
+        return None
+    from rotrl.align.gram import gather
+
+    began, files, folders, reused = time.monotonic(), rollouts(job) or {}, {}, True
+    settings = {key: value for key, value in models.gram.items() if key != "samples"}
+    followed = [settings.get("max_tokens"), job.cfg["trainer"].get("precision"), source_digest(("checkpoint", "align"))]
+    for name, expert in models.experts.items():
+        key = digest([expert.sha256, file_hash(files[name]), *followed])
+        folders[name] = job.cache / "grams" / f"{name}-{key[:16]}"
+        if not folders[name].is_dir():  # appears whole or not at all
+            reused = False
+            with job.bar(f"gram {name}") as progress:
+                gather(expert, files[name], folders[name], trainer=job.cfg["trainer"], progress=progress, **settings)
+    key = digest({name: folder.name for name, folder in folders.items()})
+    job.stages.record("grams", key, time.monotonic() - began, reused=reused)
+    return folders
 
 
 def target_of(job: Run, label: str) -> Path:

@@ -104,10 +104,23 @@ def _merges(prepared: Prepared, console: Console) -> None:
         table.add_row(label, scale, str(plan["passes"]), f"{plan['bytes'] / 1e9:.3f}")
     if prepared.methods:
         console.print(table)
+    if prepared.gram is not None:
+        _grams(prepared, prepared.gram, console)
     free = shutil.disk_usage(_existing(Path(prepared.cfg["output"] or "."))).free
     console.print(f"  writes at most {total / 1e9:.3f} GB of {free / 1e9:.0f} GB free", highlight=False)
     for text in warnings:
         console.print(f"  note      {text}", highlight=False, markup=False)
+
+
+def _grams(prepared: Prepared, gram: Mapping[str, Any], console: Console) -> None:
+    from rotrl.checkpoint.grams import planned_sizes
+
+    sizes = sorted(planned_sizes(prepared.base).values(), reverse=True)
+    held = gram.get("layers") or len(sizes)
+    passes = -(-len(sizes) // held)
+    told = f"{len(prepared.experts)} x {sum(sizes) / 1e9:.3f} GB in {prepared.cfg['cache_dir']}/grams"
+    held_gb, reads = f"{sum(sizes[:held]) / 1e9:.3f} GB in memory", f"{passes} pass{'es' * (passes > 1)}"
+    console.print(f"  Gram matrices {told}, {held_gb}, {reads} over each expert's samples", highlight=False)
 
 
 def _existing(path: Path) -> Path:

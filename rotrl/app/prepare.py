@@ -12,7 +12,7 @@ from rotrl.app.stage import digest, source_digest
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
-from rotrl.merge.method import Method, bind
+from rotrl.merge.method import Method, bind, parameters_of
 
 # Keys that say where and how a run is shown, not what it computes.
 PRESENTATION = (
@@ -70,13 +70,20 @@ class Prepared:
 
     @property
     def samples(self) -> dict[str, Any] | None:
-        """How experts are sampled, where alignment or the evidence's function needs it; both read the same files."""
+        """How experts are sampled, where alignment, the evidence's function or a merge needs it; all read the same."""
         function = self.cfg["evidence"].get("function") or {}
-        return (self.cfg["align"] or {}).get("samples") or function.get("samples")
+        gram = self.gram or {}
+        return (self.cfg["align"] or {}).get("samples") or function.get("samples") or gram.get("samples")
 
     def sampled(self) -> list[str]:
-        """The experts that are sampled: the teachers, or all for the evidence's function."""
-        return list(self.experts) if self.cfg["evidence"].get("function") else self.teachers()
+        """The experts that are sampled: the teachers, or all for the evidence's function and for Gram matrices."""
+        whole = self.cfg["evidence"].get("function") or self.gram is not None
+        return list(self.experts) if whole else self.teachers()
+
+    @property
+    def gram(self) -> dict[str, Any] | None:
+        """How Gram matrices are gathered for the merges that need them; None if none does."""
+        return next((method.gram for method in self.methods.values() if method.gram is not None), None)
 
 
 def content_digest(task: Task) -> str:
@@ -89,13 +96,22 @@ def content_digest(task: Task) -> str:
 
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
+    cfg = {**cfg, "align": with_start(cfg["align"])}
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
     check_rebase(cfg, experts)
+    check_samples(methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
+
+
+def with_start(align: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The alignment's settings. The scale of its start, a default of its own, is left out where that has none."""
+    if not align or not align.get("start") or "scale" in parameters_of(str(align["start"].get("_target_"))):
+        return align
+    return {**align, "start": {key: value for key, value in align["start"].items() if key != "scale"}}
 
 
 def methods_of(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:
@@ -162,8 +178,32 @@ def keywords(function: Any) -> list[str]:
     return [*own, *(inspect.signature(learn).parameters if passes_on else ())]
 
 
+def check_samples(methods: Mapping[str, Method]) -> None:
+    """Merges that would have the experts sampled, or read, in different ways."""
+    asked = {label: method.gram for label, method in methods.items() if method.gram is not None}
+    first = next(iter(asked), "")
+    for label, gram in asked.items():
+        if changed := [key for key in {**gram, **asked[first]} if gram.get(key) != asked[first].get(key)]:
+            raise ConfigError(
+                f"merge.{label}.gram.{changed[0]} differs from merge.{first}'s: one run gathers one set of Gram "
+                "matrices; give both the same, or two runs"
+            )
+
+
 def check_align(prepared: Prepared) -> None:
-    """Unknown teachers, and rotations that a merge needs but nothing gives."""
+    """Unknown teachers, a wrong start, and rotations that a merge needs but nothing gives."""
+    start = (prepared.cfg["align"] or {}).get("start")
+    if start and prepared.cfg["align"].get("source") == "start":
+        try:
+            method = bind(start, list(prepared.experts))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("merge.", "align.start.")) from error
+        if method.gram is not None or method.needs_rotations:
+            needs = "rotations" if method.needs_rotations else "Gram matrices of the experts' samples"
+            raise ConfigError(
+                f"align.start is {method.name}, which needs {needs}; start from a merge of weights alone: "
+                "merge@align.start=task_arithmetic"
+            )
     if unknown := [name for name in prepared.teachers() if name not in prepared.experts]:
         raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: {', '.join(prepared.experts)}")
     waiting = [label for label, method in prepared.methods.items() if method.needs_rotations]
@@ -218,6 +258,11 @@ def load_prompts(prepared: Prepared) -> dict[str, Task]:
     from hydra.utils import instantiate
 
     if not prepared.samples:
+        if prepared.gram is not None:
+            raise ConfigError(
+                "merge.gram.samples is not set: how the experts are sampled for Gram matrices, "
+                "as in conf/merge/regmean.yaml"
+            )
         return {}
     given = prepared.cfg["models"].get("prompts") or {}
     prompts = {}

@@ -1,5 +1,6 @@
 """What is wrong with the values of a merge configuration, each fault in words that name its key."""
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from rotrl.merge.scale import RULES
 from rotrl.merge.types import Within
 
 MODULES = (*MATRICES, "embedding", "head", "norm", "bias", "other")
+GRAM = ("layers", "batch", "max_tokens", "samples")
 WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
@@ -83,6 +85,24 @@ def per_layer_of(
         else:
             problems.append(f"merge.{key} is {values!r}, a list over depth or a map by module or pattern is expected")
     return found, problems
+
+
+def gram_faults(gram: Any) -> list[str]:
+    """What is wrong with `merge.gram`: layers, batch and max_tokens are whole numbers of 1 or more, or null."""
+    if not isinstance(gram, Mapping):
+        return [f"merge.gram is {gram!r}, a map of {', '.join(GRAM)} is expected"]
+    problems = [unknown(f"merge.gram.{key}", "the Gram stage", GRAM) for key in gram if key not in GRAM]
+    for key, value in gram.items():
+        if key in GRAM and key != "samples" and value is not None:
+            problems += value_faults(f"gram.{key}", value, Annotated[int, Within(1)])
+    return problems
+
+
+def unknown(key: str, owner: str, known: Sequence[str]) -> str:
+    """The words for a key that is not among the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return f"unknown parameter {key} of {owner}{hint} (it takes {', '.join(known)})"
 
 
 def value_at(values: Any, default: Any, tensor: str, role: Role, depth: float | None) -> Any:

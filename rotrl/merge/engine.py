@@ -64,10 +64,14 @@ def plan_merge(
 
 
 def merge_state(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, rotations: Path | None = None
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    method: Method,
+    rotations: Path | None = None,
+    grams: Mapping[str, Path] | None = None,
 ) -> dict[str, Tensor]:
     """The merged tensors in float32, all in memory."""
-    merger = Merger(base, experts, method, rotations)
+    merger = Merger(base, experts, method, rotations, grams)
     return {name: torch.cat([merged for _, _, merged in merger.parts(name)]) for name in base.tensors}
 
 
@@ -80,6 +84,7 @@ def merge(
     dtype: str = "auto",
     rounding: str = "nearest",
     rotations: Path | None = None,
+    grams: Mapping[str, Path] | None = None,
     overwrite: bool = False,
     table: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -96,7 +101,7 @@ def merge(
         _dtype(dtype)
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding is {rounding!r}, one of {', '.join(ROUNDINGS)} is expected")
-    merger = Merger(base, experts, method, rotations)
+    merger = Merger(base, experts, method, rotations, grams)
     inputs, models = _inputs(merger, dtype, rounding, rotations), [base, *experts.values()]
     manifest = reusable(target, inputs, models, overwrite=overwrite)
     reused = manifest is not None
@@ -133,7 +138,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Writes weights, sidecars, card and, last, the manifest, which it gives."""
     models = [merger.base, *merger.experts.values()]
-    notes = list(warnings)
+    notes = [*warnings, *merger.notes]
     with staging(target, overwrite=overwrite) as folder:
         dtype, measure, sha256, files = _write(folder, merger, inputs["dtype"], inputs["rounding"], notes, progress)
         copy_sidecars(merger.base, folder, dtype)
@@ -243,6 +248,7 @@ def _inputs(merger: Merger, dtype: str, rounding: str, rotations: Path | None) -
         "dtype": dtype,
         "rounding": rounding,
         "rotations": file_sha256(rotations) if rotations and merger.rotations else None,
+        **({"grams": {name: grams.sha256 for name, grams in merger.grams.items()}} if merger.grams else {}),
         "sidecars": sidecar_digest(merger.base),
         "numbers": NUMBERS,
     }

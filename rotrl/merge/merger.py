@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rotrl.checkpoint.grams import Grams, open_grams
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
@@ -23,7 +24,12 @@ class Merger:
     """Checks all that headers can tell, then gives base, experts and merge of a tensor by its name, piece by piece."""
 
     def __init__(
-        self, base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, rotations: Path | None = None
+        self,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        method: Method,
+        rotations: Path | None = None,
+        grams: Mapping[str, Path] | None = None,
     ) -> None:
         check_family(base, experts)
         self.base, self.experts, self.method = base, dict(experts), method
@@ -35,7 +41,7 @@ class Merger:
                 f"merge={method.name} acts on the matrices of attention and MLP, and no tensor of {base.path} has such "
                 "a name; use merge.scope=all"
             )
-        self._under = Merger(base, experts, method.of, rotations) if method.of else None
+        self._under = Merger(base, experts, method.of, rotations, grams) if method.of else None
         self.rotations: RotationsFile | None = self._under.rotations if self._under else None
         self._source: Source | None = None
         if method.needs_rotations and self.rotations is None:
@@ -48,6 +54,7 @@ class Merger:
                 )
             self._check(self.rotations)
             self._source = self._source_of(self.rotations)
+        self.grams = self._open_grams(grams) if method.gram is not None else {}
 
     def parts(self, name: str) -> Iterator[Merged]:
         """Base, experts and merge of a tensor in float32, in consecutive pieces of rows. NumericsError names it."""
@@ -80,6 +87,7 @@ class Merger:
             source=self._source(name, base, experts) if self._source else None,
             merged=self._under.merged(name, base, experts) if self._under else None,
             statistics=self._statistics,
+            grams=self._grams_of(name),
         )
 
     def _pieces(self, name: str) -> Chunks:
@@ -97,6 +105,36 @@ class Merger:
                 for base, experts in self._pieces(name):
                     statistics.add(base, experts)
         return statistics
+
+    def _open_grams(self, folders: Mapping[str, Path] | None) -> dict[str, Grams]:
+        """The Gram matrices of each expert, after a check that they are of these weights and of their shapes."""
+        if folders is None:
+            raise ConfigError(
+                f"merge={self.method.name} needs Gram matrices of each expert's samples, which only a run's own merges "
+                "have (no align.start); choose another merge there"
+            )
+        grams, problems = {name: open_grams(folders[name]) for name in self.experts}, []
+        for name, found in grams.items():
+            if found.weights != self.experts[name].sha256:
+                problems.append(f"{found.files.path} was gathered from other weights than those of expert '{name}'")
+            for tensor, entry in found.entries.items():
+                info, shape = self.base.tensors.get(tensor), found.files.tensors[entry].shape
+                if info is None or shape != (info.shape[-1],) * 2:
+                    problems.append(f"{found.files.path}: '{entry}' of shape {list(shape)} is not of '{tensor}'")
+        if problems:
+            raise CheckpointError(f"{'; '.join(problems)}; delete the folder, and the run gathers them again")
+        return grams
+
+    def _grams_of(self, name: str) -> list[Tensor] | None:
+        found = [gram for grams in self.grams.values() if (gram := grams.get(name)) is not None]
+        return found if found and len(found) == len(self.experts) else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What is no fault and may surprise: matrices that no Gram matrix was gathered for."""
+        without = [name for name in self.acted if any(name not in grams.entries for grams in self.grams.values())]
+        told = f"{len(without)} tensors have no Gram matrix and are averaged, first '{without[0]}'" if without else ""
+        return [told] if told else []
 
     def _check(self, rotations: RotationsFile) -> None:
         """Whether the rotations fit the tensors and were made for these weights."""

@@ -1,6 +1,5 @@
 """From a configuration to a merge method: every key is checked against the signature before a weight is read."""
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -13,7 +12,7 @@ from torch import Tensor
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
-from rotrl.merge.check import per_layer_of, value_at, value_faults, weights_of
+from rotrl.merge.check import gram_faults, per_layer_of, unknown, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
 from rotrl.merge.scale import Merged, at_scale
 from rotrl.merge.statistics import Statistics
@@ -21,7 +20,7 @@ from rotrl.merge.summary import Summary
 from rotrl.merge.types import Matrix, Pair, Rows
 
 SCOPES = ("matrices", "all")
-GIVEN = ("rotation", "source", "merged", "statistics", "summary")  # by the engine, not by the configuration
+GIVEN = ("rotation", "source", "merged", "statistics", "summary", "grams")  # by the engine, not by the configuration
 ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 
 
@@ -43,6 +42,13 @@ class Method:
     @property
     def needs_rotations(self) -> bool:
         return "rotation" in self._parameters or (self.of is not None and self.of.needs_rotations)
+
+    @property
+    def gram(self) -> dict[str, Any] | None:
+        """How the Gram matrices that the function or the one under it needs are gathered; None if they need none."""
+        if "grams" in self._parameters:
+            return dict(self.config.get("gram") or {})
+        return self.of.gram if self.of else None
 
     @property
     def takes_deltas(self) -> bool:
@@ -98,6 +104,7 @@ class Method:
         source: Tensor | None = None,
         merged: Tensor | None = None,
         statistics: Statistics | None = None,
+        grams: Sequence[Tensor] | None = None,
     ) -> Iterator[Merged]:
         """Base, experts and merge of each piece, by the function or, out of its scope, by `of` or the linear rule.
 
@@ -116,7 +123,7 @@ class Method:
         else:
             function, hyper = _linear_rule(hyper)
             parameters = inspect.signature(function).parameters
-        given = {"rotation": rotation, "source": source, "merged": merged, "statistics": statistics}
+        given = {"rotation": rotation, "source": source, "merged": merged, "statistics": statistics, "grams": grams}
         hyper |= {key: given[key] for key in given if key in parameters}
         if "summary" in parameters:
             hyper["summary"] = _summary(function).of(pieces, hyper)
@@ -155,7 +162,8 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     signature = inspect.signature(function).parameters
     parameters = {name: hints[name] for name in signature if name not in ("base", "experts", *GIVEN)}
     on_top = "merged" in signature
-    problems = _key_faults(config, parameters, function.__name__, on_top)
+    sections = [key for key, needs in (("of", on_top), ("gram", "grams" in signature)) if needs]
+    problems = _key_faults(config, parameters, function.__name__, sections)
     if not expert_names:
         problems.append("no experts to merge; give models.experts")
     if hints.get("experts") == Pair and len(expert_names) != 2:
@@ -166,6 +174,8 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
         problems += faults
     per_layer, faults = per_layer_of(config.get("per_layer"), parameters, expert_names)
     problems += faults
+    if "gram" in sections:
+        problems += gram_faults(config.get("gram", {}))
     of = None
     if on_top:
         try:
@@ -177,9 +187,11 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     return Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all", per_layer, of)
 
 
-def _key_faults(config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, on_top: bool) -> list[str]:
+def _key_faults(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, sections: Sequence[str]
+) -> list[str]:
     """Unknown keys with the nearest known one, and wrong values."""
-    allowed = [key for key in parameters if key != "weights"] + ["of"] * on_top + ["scope", "per_layer"]
+    allowed = [key for key in parameters if key != "weights"] + [*sections, "scope", "per_layer"]
     allowed += ["weights"] * ("weights" in parameters)
     problems = []
     for key, value in config.items():
@@ -188,15 +200,18 @@ def _key_faults(config: Mapping[str, Any], parameters: Mapping[str, Any], name: 
         elif key == "scope" and value not in SCOPES:
             problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
         elif key not in (*ENGINE_KEYS, *allowed) or (key == "weights" and key not in allowed and value is not None):
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            problems.append(f"unknown parameter merge.{key} of {name}{hint} (it takes {', '.join(allowed)})")
+            problems.append(unknown(f"merge.{key}", name, allowed))
     return problems
 
 
 def tensor_seed(seed: int, tensor: str) -> int:
     """A seed of its own for each tensor, the same in whatever order they are merged."""
     return int.from_bytes(hashlib.sha256(f"{seed} {tensor}".encode()).digest()[:8]) >> 1
+
+
+def parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function that a `_target_` names."""
+    return inspect.signature(_function(target)).parameters
 
 
 def _function(target: str) -> Callable[..., Tensor]:

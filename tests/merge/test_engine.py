@@ -21,7 +21,7 @@ from rotrl.merge.engine import merge, merge_state, plan_merge
 METHODS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "conf" / "merge").glob("*.yaml")
-    if "\n_target_:" in path.read_text() and path.stem not in ("learned", "geodesic_aligned")
+    if "\n_target_:" in path.read_text() and path.stem not in ("learned", "geodesic_aligned", "regmean")
 )
 Q = "model.layers.0.self_attn.q_proj.weight"
 

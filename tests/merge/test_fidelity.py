@@ -10,7 +10,7 @@ from rotrl.checkpoint.layout import Role
 METHODS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "conf" / "merge").glob("*.yaml")
-    if "\n_target_:" in path.read_text() and path.stem not in ("learned", "geodesic_aligned")
+    if "\n_target_:" in path.read_text() and path.stem not in ("learned", "geodesic_aligned", "regmean")
 )
 
 
