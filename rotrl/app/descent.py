@@ -14,6 +14,7 @@ from rotrl.merge.method import Method
 # The family of consequences (rotrl.evidence.consequences) of a method, by the module that holds it.
 FAMILIES = {
     "linear": "task_arithmetic",
+    "regmean": "linear",
     "sparse": "sparse",
     "select": "sparse",
     "spherical": "spherical",

@@ -234,7 +234,8 @@ def merge(job: Run) -> None:
     from rotrl.align.results import ROTATIONS, learned_file
     from rotrl.merge.engine import merge as write_merge
 
-    models, gathered = job.prepared, grams(job)
+    gathered = grams(job)
+    models = job.prepared
     merges = job.record.data.setdefault("merges", {})
     for label, method in models.methods.items():
         target = target_of(job, label)
@@ -268,10 +269,13 @@ def grams(job: Run) -> dict[str, Path] | None:
         return None
     from rotrl.align.gram import gather
 
+    # The weights that are merged are those whose inputs count, re-based and in their own gauge.
+    vectors = {name: on_disk(vector, job.cache) for name, vector in models.vectors.items()}
+    job.prepared = replace(models, vectors=vectors)
     began, files, folders, reused = time.monotonic(), rollouts(job) or {}, {}, True
     settings = {key: value for key, value in models.gram.items() if key != "samples"}
     followed = [settings.get("max_tokens"), job.cfg["trainer"].get("precision"), source_digest(("checkpoint", "align"))]
-    for name, expert in models.experts.items():
+    for name, expert in vectors.items():
         key = digest([expert.sha256, file_hash(files[name]), *followed])
         folders[name] = job.cache / "grams" / f"{name}-{key[:16]}"
         if not folders[name].is_dir():  # appears whole or not at all

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from rotrl import config
+from rotrl.app.descent import settled
 from rotrl.app.pipeline import Run, grams, merge
 from rotrl.app.plan import show_plan
 from rotrl.app.prepare import prepare
@@ -43,6 +45,7 @@ def job(tmp_path: Path):
         prepared = prepare(settings("merge=regmean", f"cache_dir={tmp_path}/cache", *overrides))
         stages = Stages(tmp_path / "cache", tmp_path / "run", print)
         files = {"math": samples(tmp_path, "math", 3), "code": samples(tmp_path, "code", tokens)}
+        prepared = replace(prepared, vectors=prepared.experts)
         return Run(prepared, tmp_path / "run", Record(tmp_path / "run/record.json"), stages, Console(), files)
 
     return make
@@ -70,6 +73,14 @@ def test_the_merge_reads_what_the_stage_left(job, tmp_path: Path) -> None:
     assert manifest["inputs"]["grams"].keys() == {"math", "code"}
     assert made["warnings"] == []
     assert list(run.stages.done) == ["grams", "merge/regmean"]
+
+
+def test_a_rebased_expert_is_gathered_as_it_is_merged(job) -> None:
+    run = job(3, "models.rebase={code: math}")
+    run.prepared, _ = settled(run.prepared, {})
+    run.record.data = {"warnings": []}
+    merge(run)
+    assert run.prepared.vectors["code"].path.parent == run.cache / "models"
 
 
 def test_the_plan_tells_size_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
