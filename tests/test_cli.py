@@ -73,6 +73,8 @@ except SystemExit:
         (["merge=geodesic_aligned"], ["geodesic_aligned", "align.source=math"]),
         (["models=custom"], ["models.base"]),
         (["evaluation=custom", "evaluation.path=/absent.jsonl"], ["/absent.jsonl"]),
+        (["protocol.n=1"], ["pass@8", "n=1", "protocol.ks=[1]"]),
+        (["protocol.max_tokens=9999"], ["256 tokens", "tiny_math", "protocol.max_tokens=245"]),
         (["verify=/absent"], ["/absent"]),
     ],
 )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotrl.app import descent, provenance
-from rotrl.app.prepare import Prepared, check_keywords, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, check_keywords, prepare
 from rotrl.app.stage import Stages, digest, source_digest
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
@@ -62,6 +62,7 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
         show(record.data, console)
         return record.data
     check_keywords(cfg)
+    check_evaluation(prepared)
     settle(prepared, folder, record.data)
     one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))

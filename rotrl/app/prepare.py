@@ -169,6 +169,17 @@ def check_keywords(cfg: Mapping[str, Any]) -> None:
                 raise ConfigError(config.unknown_key(f"{stage}.{unknown[0]}", takes))
 
 
+def check_evaluation(prepared: Prepared) -> None:
+    """What can't be asked of all models alike, or not by the protocol, is found now. Imports transformers."""
+    if not prepared.tasks:
+        return
+    from rotrl.evaluate.run import check
+
+    models = {"base": prepared.base.path, **{name: model.path for name, model in prepared.experts.items()}}
+    roles = {name: "base" if name == "base" else "expert" for name in models}
+    check(models, prepared.tasks, protocol=prepared.cfg["protocol"], engine=prepared.cfg["engine"], roles=roles)
+
+
 def keywords(function: Any) -> list[str]:
     """Names of the parameters; a family of the learned fits passes what it does not take itself to `learn`."""
     from rotrl.align.learn import learn

@@ -112,6 +112,18 @@ def evaluate(
     }
 
 
+def check(
+    models: Mapping[str, Path],
+    tasks: Sequence[Task],
+    *,
+    protocol: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    roles: Mapping[str, str],
+) -> None:
+    """Raises what `evaluate` would before it starts an engine: so that no stage before it runs in vain."""
+    _prepare({name: Path(path) for name, path in models.items()}, tasks, protocol, engine, roles, Path(), Path(), 0)
+
+
 def _prepare(
     models: dict[str, Path],
     tasks: Sequence[Task],
@@ -126,7 +138,8 @@ def _prepare(
     sampling = Sampling.of(protocol)
     n, ks = {task.name: samples_per_problem(protocol, task.name) for task in tasks}, list(protocol.get("ks") or [])
     if impossible := [k for k in ks if not 1 <= k <= max(n.values())]:
-        raise ConfigError(f"protocol.ks: pass@{impossible[0]} can't be estimated from n={max(n.values())} samples")
+        told = f"pass@{impossible[0]} can't be estimated from n={max(n.values())} samples"
+        raise ConfigError(f"protocol.ks: {told}; set protocol.ks=[1] or a larger protocol.n")
     base = models[next((name for name in models if roles[name] == "base"), next(iter(models)))]
     prompts = render(base, tasks, protocol=protocol)
     found = check_models(base, models, tasks, prompts, protocol=protocol)
