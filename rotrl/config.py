@@ -39,6 +39,7 @@ class Config:
     plan_only: bool = False
     overwrite: bool = False
     debug: bool = False
+    regrade: str | None = None
     verify: str | None = None
     doctor: bool = False
 

@@ -75,6 +75,8 @@ except SystemExit:
         (["evaluation=custom", "evaluation.path=/absent.jsonl"], ["/absent.jsonl"]),
         (["protocol.n=1"], ["pass@8", "n=1", "protocol.ks=[1]"]),
         (["protocol.max_tokens=9999"], ["256 tokens", "tiny_math", "protocol.max_tokens=245"]),
+        (["evaluation.select=[tiny_mth]"], ["evaluation.select", "tiny_mth", "tiny_math"]),
+        (["regrade=/absent"], ["/absent", "record.json"]),
         (["verify=/absent"], ["/absent"]),
     ],
 )

@@ -20,6 +20,10 @@ def main(cfg: DictConfig) -> None:
         return doctor(settings)
     if settings["job"]:
         return stand_alone(settings)
+    if settings["regrade"] or (settings["evaluation"] or {}).get("completions"):
+        from rotrl.app.regrade import regrade
+
+        return regrade(settings, typed(), run_dir_of(settings), command())
     if settings["plan_only"]:
         from rotrl.app.plan import show_plan
 
@@ -31,9 +35,13 @@ def main(cfg: DictConfig) -> None:
 
 def command() -> str:
     """What the user typed; in a multirun, the command of this one job."""
+    return " ".join(["python -m rotrl", *map(shlex.quote, typed())])
+
+
+def typed() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
-    return " ".join(["python -m rotrl", *(shlex.quote(o) for o in HydraConfig.get().overrides.task)])
+    return list(HydraConfig.get().overrides.task)
 
 
 def run_dir_of(settings: dict[str, Any]) -> Path | None:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,17 @@ class Run:
     def log(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A progress bar; gives the callable (done, total) that moves it."""
-        columns = (TextColumn("{task.description:<22}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+    def bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return bar(self.console, title)
+
+
+@contextmanager
+def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; gives the callable (done, total) that moves it."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]:
@@ -57,18 +61,16 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
     prepared = as_folders(prepare(cfg))
     folder = given or Path("outputs") / cfg["name"] / prepared.digest[:12]
     record = Record(folder / "record.json")
-    if record.data.get("status") == "done" and record.data["digest"] == prepared.digest and not cfg["overwrite"]:
-        console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
-        show(record.data, console)
+    if done_before(record, prepared.digest, cfg, console):
         return record.data
     check_keywords(cfg)
     check_evaluation(prepared)
-    settle(prepared, folder, record.data)
+    settle(cfg, prepared.digest, prepared.weights, folder, record.data)
     one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
     job = Run(prepared, folder, record, stages, console)
     console.print(f"run folder {folder}", highlight=False)
-    record.data = provenance.start(prepared, command)
+    record.data = provenance.start(cfg, prepared.digest, provenance.models(prepared), command)
     record.save()
     try:
         evidence(job)
@@ -84,8 +86,19 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
         }
         record.save()
         raise
-    finish(job)
+    record.data["stages"] = stages.done
+    finish(record, folder, console, cfg["logger"])
     return record.data
+
+
+def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Console) -> bool:
+    """Shows a run that has nothing left to do."""
+    done = record.data.get("status") == "done" and record.data["digest"] == digest and not cfg["overwrite"]
+    if done:
+        folder = record.path.parent
+        console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
+        show(record.data, console)
+    return done
 
 
 def as_folders(prepared: Prepared) -> Prepared:
@@ -97,14 +110,14 @@ def as_folders(prepared: Prepared) -> Prepared:
     return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
 
 
-def settle(prepared: Prepared, folder: Path, old: dict[str, Any]) -> None:
+def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Path, old: dict[str, Any]) -> None:
     """Makes the run folder. One that the user named and that holds another run is refused, naming what differs; in a
     multirun, which numbers its folders, the older run is moved aside."""
-    cfg, numbered = prepared.cfg, folder != Path(prepared.cfg["run_dir"] or "")
-    if old and (cfg["overwrite"] or (numbered and old["digest"] != prepared.digest)):
+    numbered = folder != Path(cfg["run_dir"] or "")
+    if old and (cfg["overwrite"] or (numbered and old["digest"] != digest)):
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
-    elif old and old["digest"] != prepared.digest:
-        changed = provenance.differing_keys(old, prepared)
+    elif old and old["digest"] != digest:
+        changed = provenance.differing_keys(old, cfg, weights)
         raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -317,6 +330,8 @@ def evaluate(job: Run) -> None:
             cache=job.cache,
             out=job.folder,
             seed=job.cfg["seed"],
+            margin=job.cfg["evaluation"]["margin"],
+            select=job.cfg["evaluation"]["select"] or (),
             progress=progress,
         )
     data = job.record.data
@@ -329,19 +344,19 @@ def evaluate(job: Run) -> None:
     job.log(f"evaluate: {result['generated']} samples generated, {result['reused']} reused")
 
 
-def finish(job: Run) -> None:
+def finish(record: Record, folder: Path, console: Console, logger: dict[str, Any] | None) -> None:
     """The record is complete; the figures, the page, the table and W&B are projections of it."""
     from rotrl.report import figures, html, tracker
 
-    data = job.record.data
-    data |= {"status": "done", "finished": provenance.now(), "stages": job.stages.done}
-    job.record.save()
-    figures.draw(data, job.folder)
-    page = html.render(data, job.folder)
-    show(data, job.console)
-    job.log(f"report: {page}")
-    if job.cfg["logger"]:
-        tracker.log(data, job.folder, job.cfg["logger"])
+    data = record.data
+    data |= {"status": "done", "finished": provenance.now()}
+    record.save()
+    figures.draw(data, folder)
+    page = html.render(data, folder)
+    show(data, console)
+    console.print(f"report: {page}", highlight=False, markup=False)
+    if logger:
+        tracker.log(data, folder, logger)
 
 
 def show(record: dict[str, Any], console: Console) -> None:

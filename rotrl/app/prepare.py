@@ -261,6 +261,11 @@ def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
             problems.append(reason)
     if problems:
         raise EvaluationError("; ".join(problems))
+    names, select = [task.name for task in tasks], (cfg["evaluation"] or {}).get("select") or []
+    if select and (set(select) - set(names) or set(select) == set(names)):
+        raise ConfigError(
+            f"evaluation.select is {list(select)}; name some of {', '.join(names)} to choose by, leave some to report"
+        )
     return tasks
 
 

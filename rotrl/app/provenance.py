@@ -17,26 +17,30 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def start(prepared: Prepared, command: str) -> dict[str, Any]:
+def start(cfg: dict[str, Any], digest: str, models: dict[str, Any], command: str) -> dict[str, Any]:
     """The record of a run that has just begun."""
     return {
         "rotrl": rotrl.__version__,
-        "name": prepared.cfg["name"],
-        "digest": prepared.digest,
+        "name": cfg["name"],
+        "digest": digest,
         "command": command,
         "created": now(),
         "status": "running",
-        "config": prepared.cfg,
-        "models": {
-            "base": model_facts(prepared.base),
-            "experts": {name: model_facts(model) for name, model in prepared.experts.items()},
-            "controls": {name: model_facts(model) for name, model in prepared.controls.items()},
-        },
+        "config": cfg,
+        "models": models,
         "versions": {"python": platform.python_version(), **versions()},
         "device": device(),
         "stages": {},
         "decisions": [],
         "warnings": [],
+    }
+
+
+def models(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "base": model_facts(prepared.base),
+        "experts": {name: model_facts(model) for name, model in prepared.experts.items()},
+        "controls": {name: model_facts(model) for name, model in prepared.controls.items()},
     }
 
 
@@ -65,12 +69,11 @@ def device() -> dict[str, Any]:
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def differing_keys(old: dict[str, Any], prepared: Prepared) -> str:
+def differing_keys(old: dict[str, Any], cfg: dict[str, Any], weights: dict[str, str]) -> str:
     """The configuration keys (and models) in which an earlier run in the same folder differs."""
-    before, after = old["config"], prepared.cfg
-    keys = [key for key in after if key not in (*PRESENTATION, "models") and before.get(key) != after[key]]
-    hashes = {"base": old["models"]["base"]["sha256"]}
-    hashes |= {name: model["sha256"] for name, model in old["models"]["experts"].items()}
-    if hashes != prepared.weights:
+    before, known = old["config"], old["models"]
+    keys = [key for key in cfg if key not in (*PRESENTATION, "models") and before.get(key) != cfg[key]]
+    facts = {"base": known.get("base") or {}, **(known.get("experts") or {})}
+    if {name: model.get("sha256", "") for name, model in facts.items()} != weights:
         keys.append("models (weights)")
     return ", ".join(keys) or "the code's version"
