@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rotrl.checkpoint.reader import open_checkpoint
-from rotrl.evaluate.engine import child_environment
+from rotrl.evaluate.engine_process import child_environment
 from rotrl.evaluate.prompts import render
 from rotrl.evaluate.run import evaluate
 from rotrl.evaluate.sampling import Sampling, sample_seed

@@ -36,12 +36,12 @@ def _listen(connection: Connection, inbox: "SimpleQueue[tuple]") -> None:
         os._exit(0)
 
 
-def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _start(model: str, arguments: dict[str, Any], engines: int) -> tuple[Any, dict[str, Any]]:
     import torch
 
     if not torch.cuda.is_available():
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # 15 s to start in this process, 32 s with one more
-        arguments = _on_cpu(model, arguments)
+        arguments = _on_cpu(model, arguments, engines)
     import vllm
     from vllm.platforms import current_platform
 
@@ -57,16 +57,17 @@ def _start(model: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return llm, facts
 
 
-def _on_cpu(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    given = {"kv_cache_memory_bytes": _cache_bytes(model, arguments), "max_num_batched_tokens": 8192, **arguments}
+def _on_cpu(model: str, arguments: dict[str, Any], engines: int) -> dict[str, Any]:
+    cache = _cache_bytes(model, arguments, engines)
+    given = {"kv_cache_memory_bytes": cache, "max_num_batched_tokens": 8192, **arguments}
     # With a seed per request vLLM winds the generator back after a part of a prompt; CPU generators can't be.
     whole_prompts = max(given["max_num_batched_tokens"], given["max_model_len"])
     return {**given, "enable_chunked_prefill": False, "max_num_batched_tokens": whole_prompts}
 
 
-def _cache_bytes(model: str, arguments: dict[str, Any]) -> int:
-    """Room for all sequences at full length, at most half of the free memory. By default vLLM takes 92 % of the
-    machine's, or refuses to start where others use some."""
+def _cache_bytes(model: str, arguments: dict[str, Any], engines: int) -> int:
+    """Room for all sequences at full length, at most half of the free memory for all engines. By default vLLM takes
+    92 % of the machine's, or refuses to start where others use some."""
     import psutil
     from transformers import AutoConfig
 
@@ -75,7 +76,7 @@ def _cache_bytes(model: str, arguments: dict[str, Any]) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = arguments.get("max_num_seqs", 256) * (arguments["max_model_len"] // 128 + 1)
     needed = blocks * 128 * config.num_hidden_layers * 2 * heads * width * 4  # float32 keys and values
-    return min(needed, psutil.virtual_memory().available // 2)
+    return min(needed, psutil.virtual_memory().available // 2 // engines)
 
 
 def _serve(llm: Any, connection: Connection, inbox: "SimpleQueue[tuple]") -> None:

@@ -21,13 +21,9 @@ def hidden_size(model_dir: Path) -> int:
     return int(_config(model_dir).get("hidden_size", 0))
 
 
-def same_architecture(a: Path, b: Path) -> bool:
-    """Whether the weights of one can stand in an engine that was started with the other."""
-    return Path(a) == Path(b) or _architecture(a) == _architecture(b)
-
-
-def _architecture(model_dir: Path) -> dict[str, Any]:
-    """The configuration with its defaults filled in, so that two versions of transformers write the same."""
+def architecture(model_dir: Path) -> dict[str, Any]:
+    """What must agree for the weights of one model to stand in an engine that was started with another: the
+    configuration with its defaults filled in, so that two versions of transformers write the same."""
     config = _config(model_dir)
     try:
         from transformers import AutoConfig

@@ -56,14 +56,14 @@ def by_transformers(name: str, n: int, sampling: Sampling) -> dict[str, list[lis
 
 def test_swapped_weights_answer_as_transformers_does(engine):
     """Greedy answers after each swap in place, to an expert, another, and back: no prefix of another model is left."""
-    pid = (engine.facts(), engine.pid)[1]
+    pids = (engine.facts(), engine.pids)[1]
     for name in ("base", "math", "code", "base"):
         start = time.monotonic()
         engine.load(zoo_path(name))
         assert time.monotonic() - start < 2
         found = ids(engine, requests(), GREEDY)
         assert found == {(problem, 0): rows[0] for problem, rows in by_transformers(name, 1, GREEDY).items()}
-    assert engine.pid == pid
+    assert engine.pids == pids
 
 
 def test_accuracy_at_temperature_1_is_that_of_a_plain_loop(engine):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from rotrl.errors import EvaluationError
-from rotrl.evaluate.engine import Engine, child_environment
+from rotrl.evaluate.engine import Engine
+from rotrl.evaluate.engine_process import child_environment
 from rotrl.evaluate.folder import signature
 from rotrl.evaluate.sampling import Request, Sampling
 
@@ -22,11 +23,15 @@ import os, random, sys, time
 from multiprocessing.connection import Connection
 connection = Connection(int(sys.argv[-1]))
 order = connection.recv()
-if order["arguments"].get("broken"):
-    connection.send(("failed", "ValueError: no such thing"))
+fault = order["arguments"].get("stillborn")
+if fault == "killed":
+    os.kill(os.getpid(), 9)
+if fault:
+    print(fault, flush=True)
+if said := order["arguments"].get("broken"):
+    connection.send(("failed", said))
+if fault or said:
     sys.exit(1)
-if order["arguments"].get("stillborn"):
-    os._exit(1)
 connection.send(("ready", {"max_num_seqs": 16}))
 queue = []
 while True:
@@ -45,6 +50,13 @@ while True:
         os._exit(9)
     connection.send(("done", [(index, [seed], f"{index}", "stop")]))
 """
+LOG = """INFO 11-24 09:00:00 [core.py:93] Initializing a V1 LLM engine
+(EngineCore_DP0 pid=71) ERROR 11-24 09:00:09 [core.py:842] EngineCore failed to start.
+(EngineCore_DP0 pid=71) ERROR 11-24 09:00:09 [core.py:842] Traceback (most recent call last):
+(EngineCore_DP0 pid=71) ERROR 11-24 09:00:09 [core.py:842]     torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.90 GiB.
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""  # noqa: E501  (as vLLM prints it)
 SAMPLING = Sampling(1.0, 1.0, 0, 8, stop=("never",))  # with a stop text the child's text is taken
 
 
@@ -73,25 +85,44 @@ def engine(model):
         one.close()
 
 
+@pytest.fixture(params=[1, 3])
+def engines(engine, request):
+    """One engine, and three over one queue."""
+    return lambda **settings: engine(data_parallel_size=request.param, **settings)
+
+
 def requests(size: int, killers: set[int] = frozenset()) -> list[Request]:
     return [Request(f"key{i}", [13 if i in killers else i + 100], i) for i in range(size)]
 
 
-def test_all_come_back_and_a_bounded_number_is_in_flight(engine):
-    child = engine()
+def test_all_come_back_and_a_bounded_number_is_in_flight(engines):
+    child = engines()
     most, seen = 0, []
     for completion in child.generate(requests(200), SAMPLING):
-        most = max(most, len(child._live))
+        most = max(most, *(len(process.live) for process in child._processes))
         seen.append((completion.key, completion.token_ids))
     assert sorted(seen) == sorted((f"key{i}", [i]) for i in range(200))
     assert most <= 32
 
 
 @pytest.mark.parametrize("killers", [{0}, {99}, {40}, {7, 8}, {3, 50, 90}, set(range(100, 103))])
-def test_killers_are_found_and_the_others_complete(engine, killers):
-    found = {c.key: c.finish_reason for c in engine().generate(requests(103, killers), SAMPLING)}
+def test_killers_are_found_and_the_others_complete(engines, killers):
+    found = {c.key: c.finish_reason for c in engines().generate(requests(103, killers), SAMPLING)}
     assert {key for key, reason in found.items() if reason == "failed"} == {f"key{i}" for i in killers}
     assert len(found) == 103
+
+
+def test_engines_share_one_queue_and_a_slow_one_holds_up_no_other(engine):
+    """Each answers with its own process id; one that is stopped gets no more than its window."""
+    child = engine(data_parallel_size=2, pause=0.001)
+    child.facts()
+    os.kill(child.pids[1], signal.SIGSTOP)
+    answered = []
+    for completion in child.generate(requests(400), SAMPLING):
+        answered.append(completion.key)
+        if len(answered) == 368:  # all but the window of the stopped one
+            os.kill(child.pids[1], signal.SIGCONT)
+    assert sorted(answered) == sorted(f"key{i}" for i in range(400))
 
 
 def test_too_many_deaths_end_with_one_line(engine):
@@ -99,28 +130,38 @@ def test_too_many_deaths_end_with_one_line(engine):
         list(engine().generate(requests(40, set(range(40))), SAMPLING))
 
 
-def test_a_killed_engine_is_started_again_and_nothing_is_lost_or_doubled(engine):
-    child = engine(pause=0.005)
+def test_a_killed_engine_is_started_again_and_nothing_is_lost_or_doubled(engines):
+    child = engines(pause=0.005)
     keys = []
     for completion in child.generate(requests(120), SAMPLING):
         keys.append(completion.key)
         if len(keys) in (20, 70):
-            os.kill(child.pid, signal.SIGKILL)
+            os.kill(child.pids[-1], signal.SIGKILL)
     assert sorted(keys) == sorted(f"key{i}" for i in range(120))
 
 
-def test_an_engine_that_was_left_half_way_serves_the_next_caller(engine):
-    child = engine(pause=0.001)
+def test_an_engine_that_was_left_half_way_serves_the_next_caller(engines):
+    child = engines(pause=0.001)
     for _ in child.generate(requests(50), SAMPLING):
         break
     assert sorted(c.key for c in child.generate(requests(5), SAMPLING)) == [f"key{i}" for i in range(5)]
 
 
-@pytest.mark.parametrize(("fault", "words"), [("broken", "no such thing"), ("stillborn", "died while it started")])
-def test_a_failed_start_is_one_line_with_the_log(engine, fault, words):
-    with pytest.raises(EvaluationError, match=rf"{words}.*engine\.log") as caught:
-        list(engine(**{fault: True}).generate(requests(3), SAMPLING))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"broken": "ValueError: no such thing"}, "ValueError: no such thing"),
+        ({"stillborn": "nothing to see"}, "its process ended with code 1"),
+        ({"stillborn": "killed"}, "its process was killed, .* lower engine.max_num_seqs"),
+        ({"stillborn": LOG}, r"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.90 GiB."),
+        ({"stillborn": LOG, "broken": "RuntimeError: Engine core initialization failed. See root cause above."}, "torch"),
+    ],
+)
+def test_a_failed_start_is_one_line_with_the_cause_and_the_log(engine, fault, words):
+    for _ in range(2):  # the second time too
+        with pytest.raises(EvaluationError, match=rf"^vLLM did not start: {words}.*engine\.log\)$") as caught:
+            list(engine(**fault).generate(requests(3), SAMPLING))
+        assert "\n" not in str(caught.value)
 
 
 def test_it_restarts_for_another_architecture_and_stays_for_the_same(engine, model):
@@ -131,16 +172,16 @@ def test_it_restarts_for_another_architecture_and_stays_for_the_same(engine, mod
         folder.mkdir()
         (folder / "config.json").write_text(f'{{"max_position_embeddings": 64, "hidden_size": {hidden}}}')
         (folder / "model.safetensors").write_text("")
-    first = child.pid
+    first = child.pids
     child.load(same)
-    assert child.pid == first
+    assert child.pids == first
     child.load(other)
-    second = child.pid
+    second = child.pids
     assert second != first
     (other / "model.safetensors").write_text("new weights, same folder")
     assert child._loaded != signature(other)
     child.load(other)
-    assert (child.pid, child._loaded) == (second, signature(other))
+    assert (child.pids, child._loaded) == (second, signature(other))
 
 
 PARENT = """
@@ -149,7 +190,7 @@ from pathlib import Path
 from rotrl.evaluate.engine import Engine
 Engine._command = staticmethod(lambda: [sys.executable, "-c", {child!r}])
 engine = Engine(Path({model!r}), settings={{"log": {log!r}}})
-print(engine.facts() and engine.pid, flush=True)
+print(engine.facts() and engine.pids[0], flush=True)
 time.sleep(60)
 """
 

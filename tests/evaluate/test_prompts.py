@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rotrl.errors import EvaluationError
-from rotrl.evaluate.folder import context_length, same_architecture
+from rotrl.evaluate.folder import architecture, context_length
 from rotrl.evaluate.prompts import check_models, combined_sha256, engine_length, load_tokenizer, needed_length, render
 from rotrl.evaluate.task import Problem, Task
 from rotrl.zoo import zoo_path
@@ -121,10 +121,10 @@ def test_an_architecture_is_the_same_however_it_is_written(model):
     (other / "config.json").write_text(
         json.dumps(shorter | {"transformers_version": "4.40.0", "torch_dtype": "bfloat16"})
     )
-    assert same_architecture(base, other)
+    assert architecture(base) == architecture(other)
     for change in ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, {"tie_word_embeddings": False}):
         (other / "config.json").write_text(json.dumps(config | change))
-        assert not same_architecture(base, other)
+        assert architecture(base) != architecture(other)
 
 
 def test_a_folder_without_a_context_is_refused(model):
