@@ -92,6 +92,32 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     assert str(weights) in refused(tmp_path, *custom(math=tmp_path / "math"), "merge=linear")
 
 
+@pytest.mark.parametrize(
+    ("template", "settings", "words"),
+    [
+        ("{{ bos_token }}{{ bos_token }}{{ messages[0].content }}", [], ["'p'", "has 2 BOS tokens"]),
+        (None, [], ["no chat template"]),
+        ("{{ messages[0].content }}", ["protocol.max_tokens=252"], ["context of 256", "'p'", "max_tokens=2"]),
+        ("{{ messages[0].content }}", ["+engine.max_num_seq=1"], ["engine.max_num_seq", "did you mean 'max_num_seqs'"]),
+    ],
+)
+def test_what_cannot_be_asked_of_the_models_is_refused_before_any_stage(
+    tmp_path: Path, template: str | None, settings: list[str], words: list[str]
+) -> None:
+    base, problems = tmp_path / "base", tmp_path / "own.jsonl"
+    shutil.copytree(zoo_path("base"), base)
+    (base / "chat_template.jinja").unlink()
+    if template is not None:
+        (base / "chat_template.jinja").write_text(template)
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": "<|endoftext|>"}))
+    problems.write_text('{"id": "p", "prompt": "math:1+1=", "answer": "2"}\n')
+    models = ["models=custom", f"models.base={base}", f"models.experts={{math: {zoo_path('math')}}}", "logger=none"]
+    asked = ["evaluation=custom", f"evaluation.path={problems}", *settings]
+    line = refused(tmp_path, *models, "align=none", "merge=linear", *asked)
+    assert all(word in line for word in words), line
+
+
 def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:
     shutil.copytree(zoo_path("math"), tmp_path / "wide")
     weights = tmp_path / "wide/model.safetensors"

@@ -170,14 +170,21 @@ def check_keywords(cfg: Mapping[str, Any]) -> None:
 
 
 def check_evaluation(prepared: Prepared) -> None:
-    """What can't be asked of all models alike, or not by the protocol, is found now. Imports transformers."""
-    if not prepared.tasks:
+    """What can't be asked of all models alike, or not by the protocol, or of no engine, is found now. Imports
+    transformers."""
+    if not (prepared.tasks or prepared.prompts):
         return
-    from rotrl.evaluate.run import check
+    from rotrl.evaluate import engine_settings, rollouts, run
 
+    engine, samples = prepared.cfg["engine"], prepared.samples or {}
+    engine_settings.check_settings(engine)
     models = {"base": prepared.base.path, **{name: model.path for name, model in prepared.experts.items()}}
-    roles = {name: "base" if name == "base" else "expert" for name in models}
-    check(models, prepared.tasks, protocol=prepared.cfg["protocol"], engine=prepared.cfg["engine"], roles=roles)
+    if prepared.prompts:
+        asked = {"n": samples["n"], "sampling": samples["sampling"], "engine": engine, "base": prepared.base.path}
+        rollouts.prepare(models, prepared.prompts, **asked)
+    if prepared.tasks:
+        roles = {name: "base" if name == "base" else "expert" for name in models}
+        run.check(models, prepared.tasks, protocol=prepared.cfg["protocol"], engine=engine, roles=roles)
 
 
 def keywords(function: Any) -> list[str]:

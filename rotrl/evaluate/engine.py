@@ -64,14 +64,16 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """vllm, device, dtype, max_model_len, max_num_seqs. Waits until every engine is ready."""
         try:
-            return [process.ready() for process in self._processes][0]
+            for process in self._processes:
+                process.ready()
         except EvaluationError:
             self.close()
             raise
+        return self._processes[0].facts
 
     def fits(self, model_dir: Path) -> bool:
         """Whether these engines can take the weights of that model."""
-        return Path(model_dir) == self.model or architecture(model_dir) == self._architecture
+        return Path(model_dir) == self.model or architecture(model_dir) == architecture(self.model)
 
     def load(self, model_dir: Path) -> None:
         """Put the weights of another model of the same architecture in place, and forget cached prefixes."""
@@ -128,7 +130,7 @@ class Engine:
     def _restart(self, model_dir: Path) -> None:
         for process in getattr(self, "_processes", ()):
             process.close()
-        self.model, self._loaded, self._architecture = model_dir, signature(model_dir), architecture(model_dir)
+        self.model, self._loaded = model_dir, signature(model_dir)
         self._processes = [self._start(place) for place in range(len(self._devices))]
 
     def _start(self, place: int) -> EngineProcess:

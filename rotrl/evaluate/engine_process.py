@@ -1,10 +1,11 @@
-"""The process of one vLLM engine, seen from the outside: started, spoken to, ended, and asked why it would not start."""
+"""The process of one vLLM engine from the outside: started, spoken to, ended, and asked why it would not start."""
 
 import contextlib
 import os
 import re
 import signal
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,7 +27,7 @@ class Died(Exception):
 class EngineProcess:
     """One child and what it was given: `live` are the indices of the requests that it has not answered."""
 
-    def __init__(self, command: Sequence[str], order: Mapping[str, Any], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], order: Mapping[str, Any], environment: Mapping[str, str], log: Path):
         self.connection, theirs = Pipe()
         self.log, self.live, self.facts = log, set[int](), dict[str, Any]()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ class EngineProcess:
                 said = cause_of(file.read().decode(errors="replace")) or said or f"its process ended with code {ended}"
         if ended == -signal.SIGKILL:
             said = "its process was killed, as the kernel does when memory runs out; lower engine.max_num_seqs"
-        raise EvaluationError(f"vLLM did not start: {said[:500]} (all of it in {self.log})")
+        raise EvaluationError(f"vLLM did not start: {textwrap.shorten(said, 300)} (all of it in {self.log})")
 
 
 def cause_of(log: str) -> str | None:

@@ -1,6 +1,7 @@
 """What an engine must know of a model's folder without reading its weights."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ def hidden_size(model_dir: Path) -> int:
 def architecture(model_dir: Path) -> dict[str, Any]:
     """What must agree for the weights of one model to stand in an engine that was started with another: the
     configuration with its defaults filled in, so that two versions of transformers write the same."""
-    config = _config(model_dir)
+    return _filled(Path(model_dir), json.dumps(_config(model_dir)))
+
+
+@cache
+def _filled(model_dir: Path, text: str) -> dict[str, Any]:
+    config = json.loads(text)
     try:
         from transformers import AutoConfig
 

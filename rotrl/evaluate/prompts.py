@@ -128,7 +128,7 @@ def _render(tokenizer: Any, template: str, place: Path, tasks: Sequence[Task], p
         texts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
     except jinja2.TemplateError as error:
         raise EvaluationError(f"{place}: its chat template can't render the prompts ({error})") from None
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     wants_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     prompts = {}
     for key, text, ids in zip(keys, texts, rows, strict=True):

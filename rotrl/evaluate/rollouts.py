@@ -34,17 +34,9 @@ def rollouts(
     `sampling` has the keys of a protocol. Prompts get the chat template of `base`, by default the first model.
     """
     models, base = {name: Path(path) for name, path in models.items()}, Path(base or next(iter(models.values())))
-    chosen = Sampling.of(sampling)
-    wanted: dict[str, list[Wanted]] = {}
-    needed = 0
-    for name, task in tasks.items():
-        prompts = render(base, [task], protocol=sampling)
-        check_models(base, {name: models[name]}, [task], prompts, protocol=sampling)
-        needed = max(needed, needed_length(prompts, chosen.max_tokens, {name: models[name]}))
-        wanted[name] = [Wanted(task.name, p.id, i, prompts[task.name, p.id]) for p in task.problems for i in range(n)]
-    length = engine_length(needed, base, engine.get("max_model_len"))
+    wanted, length = prepare(models, tasks, n=n, sampling=sampling, engine=engine, base=base)
     settings = {**engine, "log": engine.get("log") or str(Path(cache) / "engine.log"), "max_model_len": length}
-    sampler = Sampler(chosen, settings, base, Path(cache), seed, with_ids=True)
+    sampler = Sampler(Sampling.of(sampling), settings, base, Path(cache), seed, with_ids=True)
     done, total, files = 0, sum(map(len, wanted.values())), {}
     for name, asked in wanted.items():
         files[name] = Path(cache) / "rollouts" / f"{name}-{_digest(sampler, weights[name], asked)[:16]}.jsonl"
@@ -59,6 +51,25 @@ def rollouts(
         if progress:
             progress(done, total)
     return files
+
+
+def prepare(
+    models: Mapping[str, Path],
+    tasks: Mapping[str, Task],
+    *,
+    n: int,
+    sampling: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    base: Path,
+) -> tuple[dict[str, list[Wanted]], int]:
+    """The samples wanted of each expert, and the context that they need. Refuses what needs no engine to be refused."""
+    wanted, needed, tokens = {}, 0, Sampling.of(sampling).max_tokens
+    for name, task in tasks.items():
+        prompts = render(base, [task], protocol=sampling)
+        check_models(base, {name: models[name]}, [task], prompts, protocol=sampling)
+        needed = max(needed, needed_length(prompts, tokens, {name: models[name]}))
+        wanted[name] = [Wanted(task.name, p.id, i, prompts[task.name, p.id]) for p in task.problems for i in range(n)]
+    return wanted, engine_length(needed, base, engine.get("max_model_len"))
 
 
 def _digest(sampler: Sampler, weights: str, asked: list[Wanted]) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,17 @@ def evaluate(
     """
     start, models = time.monotonic(), {name: Path(path) for name, path in models.items()}
     job = _prepare(models, tasks, protocol, engine, roles, Path(cache), Path(out), seed)
-    behind: deque[Asked] = deque()
-    with Grader(tasks, sandbox=dict(sandbox)) as grader:
+    behind: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as finishing, Grader(tasks, sandbox=dict(sandbox)) as grader:
         verdicts = Verdicts(grader, Path(cache) / "verdicts", dict(sandbox))
         for number, (name, folder) in enumerate(models.items()):
-            behind.append(Asked(name, weights[name]))
-            _ask(job, folder, behind[-1], verdicts, _part(progress, number, len(models)))
-            if len(behind) > 1:  # its grading went on while the next model was sampled
-                _finish(job, behind.popleft(), verdicts)
+            asked = Asked(name, weights[name])
+            _ask(job, folder, asked, verdicts, _part(progress, number, len(models)))
+            behind.append(finishing.submit(_finish, job, asked, verdicts))  # while the next model is sampled
+            if len(behind) > 1:  # the answers of two models are held, not of all
+                behind.popleft().result()
         while behind:
-            _finish(job, behind.popleft(), verdicts)
+            behind.popleft().result()
         verdicts.close()
         level = grader.sandbox_level
     found = score(

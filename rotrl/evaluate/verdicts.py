@@ -41,8 +41,8 @@ class Verdicts:
         return self._asked[key]
 
     def save(self) -> None:
-        """Keep the verdicts that have been reached since the last call."""
-        reached = {key: future.result() for key, future in self._unsaved.items() if future.done()}
+        """Keep the verdicts that have been reached since the last call; another thread may submit meanwhile."""
+        reached = {key: future.result() for key, future in list(self._unsaved.items()) if future.done()}
         for key in reached:
             del self._unsaved[key]
         if new := [(key, asdict(verdict)) for key, verdict in reached.items() if verdict.correct is not None]:

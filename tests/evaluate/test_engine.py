@@ -1,11 +1,13 @@
 """The real engine on the tiny pair, against transformers: one vLLM process serves all tests of this file."""
 
+import os
+import signal
 import time
 
 import pytest
 import torch
 
-from rotrl.evaluate.engine import Request, Sampling, shared_engine
+from rotrl.evaluate.engine import Engine, Request, Sampling, shared_engine
 from rotrl.evaluate.grade import Grader
 from rotrl.evaluate.prompts import load_tokenizer, render
 from rotrl.evaluate.sampling import sample_seed
@@ -100,6 +102,24 @@ def test_a_sample_follows_from_its_seed_alone(engine):
     tokenizer = load_tokenizer(zoo_path("base"))
     assert texts == {r.key: tokenizer.decode(whole[r.key], skip_special_tokens=True) for r in chosen[:8]}
     assert len({tuple(row) for row in whole.values()}) > len(TASK.problems)
+
+
+def test_two_engines_of_which_one_is_killed_give_the_samples_of_one(engine, tmp_path):
+    engine.load(zoo_path("math"))
+    whole, found = ids(engine, requests(8), FREE), {}
+    settings = SETTINGS | {"data_parallel_size": 2, "max_num_seqs": 64, "log": str(tmp_path / "engine.log")}
+    both = Engine(zoo_path("math"), settings=settings)
+    both.facts()
+    first = both.pids
+    try:
+        for completion in both.generate(requests(8), FREE):
+            found[completion.key] = list(completion.token_ids)
+            if len(found) == 100:
+                os.kill(first[1], signal.SIGKILL)
+        assert (both.pids[0] == first[0], both.pids[1] == first[1]) == (True, False)
+    finally:
+        both.close()
+    assert found == whole
 
 
 def test_stop_texts_limits_and_refusals(engine):

@@ -48,7 +48,7 @@ while True:
     index, ids, seed = queue.pop(0)
     if ids[0] == 13:
         os._exit(9)
-    connection.send(("done", [(index, [seed], f"{index}", "stop")]))
+    connection.send(("done", [(index, [seed], f"answer {seed}", "stop")]))
 """
 LOG = """INFO 11-24 09:00:00 [core.py:93] Initializing a V1 LLM engine
 (EngineCore_DP0 pid=71) ERROR 11-24 09:00:09 [core.py:842] EngineCore failed to start.
@@ -154,7 +154,7 @@ def test_an_engine_that_was_left_half_way_serves_the_next_caller(engines):
         ({"stillborn": "nothing to see"}, "its process ended with code 1"),
         ({"stillborn": "killed"}, "its process was killed, .* lower engine.max_num_seqs"),
         ({"stillborn": LOG}, r"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.90 GiB."),
-        ({"stillborn": LOG, "broken": "RuntimeError: Engine core initialization failed. See root cause above."}, "torch"),
+        ({"stillborn": LOG, "broken": "RuntimeError: Engine core initialization failed. (...)"}, "torch.OutOf"),
     ],
 )
 def test_a_failed_start_is_one_line_with_the_cause_and_the_log(engine, fault, words):
