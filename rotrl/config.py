@@ -9,6 +9,8 @@ from typing import Any
 
 from rotrl.errors import RotrlError
 
+MANY = 50  # options that are too many for a line, where the nearest is known
+
 
 @dataclass
 class Config:
@@ -125,8 +127,9 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
 
 def unknown_key(key: str, options: Sequence[str]) -> str:
     """The line for a key that is not among its options."""
-    allowed = f"; one of: {', '.join(options)}" if options else ""
-    return f"unknown key {key!r}{_nearest(key.rpartition('.')[2], options)}{allowed}"
+    near = _nearest(key.rpartition(".")[2], options)
+    allowed = f"; one of: {', '.join(options)}" if options and not (near and len(options) > MANY) else ""
+    return f"unknown key {key!r}{near}{allowed}"
 
 
 def _nearest(word: str, options: Sequence[str]) -> str:

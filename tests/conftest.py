@@ -1,6 +1,8 @@
 """Settings of every test, and checkpoints made in the test run: Qwen2 names, hidden 16, two layers."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +72,24 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """typed("merge=ties", ...) is (exit code, stderr) of `python -m rotrl merge=ties ...`, in this process."""
+    from rotrl import __main__ as program
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(program, "FAILURE", [])
+        monkeypatch.setattr(sys, "argv", ["rotrl", *map(str, arguments)])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                program.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return int(str(ended.value.code)), capfd.readouterr().err
+
+    return run

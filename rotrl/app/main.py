@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from rotrl.app.check import check_keys
 from rotrl.errors import ConfigError
 
 
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> None:
         return doctor(settings)
     if settings["job"]:
         return stand_alone(settings)
+    check_keys(settings)
     if settings["regrade"] or (settings["evaluation"] or {}).get("completions"):
         from rotrl.app.regrade import regrade
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotrl.app import descent, provenance
-from rotrl.app.prepare import Prepared, check_evaluation, check_keywords, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, prepare
 from rotrl.app.stage import Stages, digest, source_digest
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
+from rotrl.merge.target import check_target
 from rotrl.report.record import Record
 
 
@@ -58,21 +59,22 @@ def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
 def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]:
     """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
     console = Console()
-    prepared = as_folders(prepare(cfg))
+    prepared = prepare(cfg)
     folder = given or Path("outputs") / cfg["name"] / prepared.digest[:12]
     record = Record(folder / "record.json")
     if done_before(record, prepared.digest, cfg, console):
         return record.data
-    check_keywords(cfg)
     check_evaluation(prepared)
+    check_targets(prepared, folder)
     settle(cfg, prepared.digest, prepared.weights, folder, record.data)
     one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
-    job = Run(prepared, folder, record, stages, console)
     console.print(f"run folder {folder}", highlight=False)
     record.data = provenance.start(cfg, prepared.digest, provenance.models(prepared), command)
     record.save()
+    job = Run(prepared, folder, record, stages, console)
     try:
+        job.prepared = as_folders(prepared)
         evidence(job)
         align(job)
         merge(job)
@@ -108,6 +110,12 @@ def as_folders(prepared: Prepared) -> Prepared:
         return prepared
     experts = {name: on_disk(model, cache) for name, model in prepared.experts.items()}
     return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
+
+
+def check_targets(prepared: Prepared, folder: Path) -> None:
+    """Refuses outputs that no merge may take, while nothing is done yet."""
+    for label in prepared.methods:
+        check_target(target_of(prepared, folder, label), [prepared.base, *prepared.experts.values()])
 
 
 def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Path, old: dict[str, Any]) -> None:
@@ -252,7 +260,7 @@ def merge(job: Run) -> None:
     models = job.prepared
     merges = job.record.data.setdefault("merges", {})
     for label, method in models.methods.items():
-        target = target_of(job, label)
+        target = target_of(models, job.folder, label)
         control = models.applied.get(label)
         learned = learned_file(job.folder / "controls" / control if control else job.folder)
         with job.bar(f"merge {label}") as progress:
@@ -301,9 +309,9 @@ def grams(job: Run) -> dict[str, Path] | None:
     return folders
 
 
-def target_of(job: Run, label: str) -> Path:
-    root = Path(job.cfg["output"]) if job.cfg["output"] else job.folder / "merged"
-    return root if len(job.prepared.methods) == 1 else root / label
+def target_of(prepared: Prepared, folder: Path, label: str) -> Path:
+    root = Path(prepared.cfg["output"]) if prepared.cfg["output"] else folder / "merged"
+    return root if len(prepared.methods) == 1 else root / label
 
 
 def evaluate(job: Run) -> None:

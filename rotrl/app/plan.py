@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rotrl.app import descent
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, check_evaluation, check_keywords, methods_of, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, methods_of, prepare
 from rotrl.errors import RotrlError
 
 
@@ -28,7 +28,6 @@ def show_plan(cfg: dict[str, Any]) -> None:
         _evaluation(cfg, 1 + len(cfg["models"]["experts"]) + len(methods), console)
         return
     prepared = prepare(cfg)
-    check_keywords(cfg)
     check_evaluation(prepared)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)

@@ -1,7 +1,6 @@
 """Everything that can be wrong with the input is found here, before a byte is written."""
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 from rotrl import config
 from rotrl.app.models import open_models
 from rotrl.app.stage import digest, source_digest
+from rotrl.checkpoint.folder import stands_in_a_folder
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
+from rotrl.merge.check import pattern_faults
 from rotrl.merge.method import Method, bind, parameters_of
 
 # Keys that say where and how a run is shown, not what it computes.
@@ -100,8 +101,9 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
+    check_patterns(base, methods)
     check_rebase(cfg, experts)
-    check_samples(methods)
+    check_grams(methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
@@ -136,11 +138,20 @@ def bind_methods(merge: Mapping[str, Any] | None, experts: list[str]) -> dict[st
     if "_target_" in merge:
         method = bind(dict(merge), experts)
         return {method.name: method}
-    suite = {label: entry for label, entry in merge.items() if entry is not None}  # `merge.slerp=null` drops an arm
-    for label, entry in suite.items():
+    methods, problems = {}, []
+    for label, entry in merge.items():
+        if entry is None:  # `merge.slerp=null` drops an arm
+            continue
         if not isinstance(entry, Mapping) or "_target_" not in entry:
-            raise ConfigError(f"merge.{label} is not a method: it has no _target_ (a suite maps labels to methods)")
-    return {label: bind(dict(entry), experts) for label, entry in suite.items()}
+            problems.append(f"merge.{label} is not a method: it has no _target_ (a suite maps labels to methods)")
+            continue
+        try:
+            methods[label] = bind(dict(entry), experts)
+        except ConfigError as error:
+            problems.append(str(error).replace("merge.", f"merge.{label}."))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return methods
 
 
 def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]) -> None:
@@ -150,23 +161,11 @@ def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]
         )
 
 
-def check_keywords(cfg: Mapping[str, Any]) -> None:
-    """A parameter that a stage's function does not take is found now and not when the stages before it are done.
-
-    Imports the stages, which takes seconds: not for a run that was done before.
-    """
-    from hydra.utils import get_method
-
-    stages = {
-        "align": cfg["align"],
-        **{f"evidence.{key}": cfg["evidence"].get(key) for key in ("geometry", "function")},
-    }
-    for stage, node in stages.items():
-        if isinstance(node, Mapping) and "_target_" in node:
-            takes = keywords(get_method(node["_target_"]))
-            given = [key for key in node if not key.startswith("_") and key not in ("samples", "controls")]
-            if unknown := [key for key in given if key not in takes]:
-                raise ConfigError(config.unknown_key(f"{stage}.{unknown[0]}", takes))
+def check_patterns(base: Checkpoint, methods: Mapping[str, Method]) -> None:
+    """Values of merge.per_layer that would count for no tensor."""
+    stack = [under for method in methods.values() for under in (method, method.of) if under is not None]
+    if faults := [fault for method in stack for fault in pattern_faults(method.per_layer, list(base.tensors))]:
+        raise ConfigError("; ".join(dict.fromkeys(faults)))
 
 
 def check_evaluation(prepared: Prepared) -> None:
@@ -178,25 +177,19 @@ def check_evaluation(prepared: Prepared) -> None:
 
     engine, samples = prepared.cfg["engine"], prepared.samples or {}
     engine_settings.check_settings(engine)
-    models = {"base": prepared.base.path, **{name: model.path for name, model in prepared.experts.items()}}
-    if prepared.prompts:
+    if not stands_in_a_folder(prepared.base):
+        return
+    opened = {"base": prepared.base, **prepared.experts}
+    models = {name: model.path for name, model in opened.items() if stands_in_a_folder(model)}
+    if prompts := {name: task for name, task in prepared.prompts.items() if name in models}:
         asked = {"n": samples["n"], "sampling": samples["sampling"], "engine": engine, "base": prepared.base.path}
-        rollouts.prepare(models, prepared.prompts, **asked)
+        rollouts.prepare(models, prompts, **asked)
     if prepared.tasks:
         roles = {name: "base" if name == "base" else "expert" for name in models}
         run.check(models, prepared.tasks, protocol=prepared.cfg["protocol"], engine=engine, roles=roles)
 
 
-def keywords(function: Any) -> list[str]:
-    """Names of the parameters; a family of the learned fits passes what it does not take itself to `learn`."""
-    from rotrl.align.learn import learn
-
-    own = inspect.signature(function).parameters
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-    return [*own, *(inspect.signature(learn).parameters if passes_on else ())]
-
-
-def check_samples(methods: Mapping[str, Method]) -> None:
+def check_grams(methods: Mapping[str, Method]) -> None:
     """Merges that would have the experts sampled, or read, in different ways."""
     asked = {label: method.gram for label, method in methods.items() if method.gram is not None}
     first = next(iter(asked), "")

@@ -9,12 +9,17 @@ from rotrl.checkpoint.sidecar import copy_sidecars
 from rotrl.checkpoint.writer import AlreadyPublished, staging, valid_manifest, write_manifest, write_weights
 
 
+def stands_in_a_folder(model: Checkpoint) -> bool:
+    """Whether the model's own folder holds what is read of it."""
+    return not model.derived and not any(info.stored for info in model.tensors.values())
+
+
 def on_disk(model: Checkpoint, cache: Path) -> Checkpoint:
     """The model itself where its folder holds what it reads; else a copy, written once to `cache` by weight hash.
 
     The copy has one dtype, the widest of the model's.
     """
-    if not model.derived and not any(info.stored for info in model.tensors.values()):
+    if stands_in_a_folder(model):
         return model
     target = Path(cache) / "models" / model.sha256[:16]
     if valid_manifest(target) is None:

@@ -69,7 +69,7 @@ def per_layer_of(
     for name, values in per_layer.items():
         key = f"per_layer.{name}"
         if name not in hints:
-            problems.append(f"merge.{key}: {name!r} is none of the parameters {', '.join(hints)}")
+            problems.append(unknown(f"merge.{key}", "the method", list(hints)))
         elif isinstance(values, Sequence) and not isinstance(values, str):
             problems += _list_faults(key, values, hints[name])
             found[name] = list(values)
@@ -85,6 +85,17 @@ def per_layer_of(
         else:
             problems.append(f"merge.{key} is {values!r}, a list over depth or a map by module or pattern is expected")
     return found, problems
+
+
+def pattern_faults(per_layer: Mapping[str, Any], tensors: Sequence[str]) -> list[str]:
+    """Patterns of `merge.per_layer` that are found in no tensor's name, so that their values would never count."""
+    return [
+        f"merge.per_layer.{name}: {pattern!r} is neither a module ({', '.join(MODULES)}) nor found in a tensor's name"
+        for name, values in per_layer.items()
+        if isinstance(values, Mapping)
+        for pattern in map(str, values)
+        if pattern not in MODULES and not any(re.search(pattern, tensor) for tensor in tensors)
+    ]
 
 
 def gram_faults(gram: Any) -> list[str]:

@@ -12,6 +12,7 @@ from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
+from rotrl.merge.check import pattern_faults
 from rotrl.merge.chunks import Chunks, finite
 from rotrl.merge.method import Method, bind
 from rotrl.merge.scale import Merged
@@ -41,6 +42,8 @@ class Merger:
                 f"merge={method.name} acts on the matrices of attention and MLP, and no tensor of {base.path} has such "
                 "a name; use merge.scope=all"
             )
+        if faults := pattern_faults(method.per_layer, list(base.tensors)):
+            raise ConfigError("; ".join(faults))
         self._under = Merger(base, experts, method.of, rotations, grams) if method.of else None
         self.rotations: RotationsFile | None = self._under.rotations if self._under else None
         self._source: Source | None = None

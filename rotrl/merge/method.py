@@ -4,14 +4,16 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Delta, Rotation
-from rotrl.errors import ConfigError
+from rotrl.errors import ConfigError, NumericsError
 from rotrl.merge.check import gram_faults, per_layer_of, unknown, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
 from rotrl.merge.scale import Merged, at_scale
@@ -184,7 +186,24 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
             problems.append(str(error).replace("merge.", "merge.of."))
     if problems:
         raise ConfigError("; ".join(problems))
-    return Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all", per_layer, of)
+    method = Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all", per_layer, of)
+    _rehearse(method, len(expert_names))
+    return method
+
+
+def _rehearse(method: Method, count: int) -> None:
+    """Raises what the function itself says to the weights (a sum of 0 that it would divide by), before any stage."""
+    maps = method.per_layer.get("weights") or {}
+    given = [weights for weights in (method.hyper.get("weights"), *maps.values()) if weights]
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = torch.eye(4) + 0.01 * torch.randn(count + 1, 4, 4, generator=generator)
+    for weights in given:
+        statistics = method.statistics()
+        if statistics is not None:
+            statistics.add(base, experts)
+        trial = replace(method, hyper={**method.hyper, "weights": weights}, per_layer={})
+        with suppress(NumericsError):
+            trial("", Role(0, "q"), base, experts, statistics=statistics)
 
 
 def _key_faults(

@@ -27,11 +27,11 @@ def regmean(
     of the experts: `W = M + (sum w_i (W_i - M) G_i) (S + r I)^-1`, `S = sum w_i G_i`, r = ridge times the mean of S's
     diagonal. So W is M on directions that no sample touches, and everywhere without `grams`.
     """
+    if min(weights or [1.0]) < 0:
+        raise ConfigError(f"merge.weights are {list(weights or ())}; least squares needs weights of 0 or more")
     mean = linear(base, experts, weights=weights)
     if grams is None:
         return mean
-    if min(weights or [1.0]) < 0:
-        raise ConfigError(f"merge.weights are {list(weights or ())}; least squares needs weights of 0 or more")
     total, rest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for expert, gram, weight in zip(experts, grams, shares(weights, len(experts)), strict=True):
         inner = gram.to(torch.float64, copy=True).mul_(weight * off_diagonal)

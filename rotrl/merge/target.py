@@ -17,21 +17,27 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def reusable(
-    target: Path, inputs: Mapping[str, Any], models: Sequence[Checkpoint], *, overwrite: bool = False
-) -> dict[str, Any] | None:
-    """The manifest of an equal merge at `target`, None if the way is free; ConfigError names what is in it."""
+def check_target(target: Path, models: Sequence[Checkpoint]) -> None:
+    """ConfigError where a merge would stand in the way of a model or of files that are no merge."""
     here = target.resolve()
     for model in models:
         if here == model.path.resolve() or here in model.path.resolve().parents:
             raise ConfigError(f"{target}: the model {model.path} is there; choose another output")
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not empty and not (target / MANIFEST).exists():
+        raise ConfigError(f"{target}: holds files that rotrl did not write; choose another output")
+
+
+def reusable(
+    target: Path, inputs: Mapping[str, Any], models: Sequence[Checkpoint], *, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """The manifest of an equal merge at `target`, None if the way is free; ConfigError names what is in it."""
+    check_target(target, models)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     manifest = valid_manifest(target)
     if manifest is not None and manifest.get("fingerprint") == fingerprint(inputs):
         return manifest
-    if not (target / MANIFEST).exists():
-        raise ConfigError(f"{target}: holds files that rotrl did not write; choose another output")
     if overwrite:
         return None
     if manifest is None:

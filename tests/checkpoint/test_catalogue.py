@@ -19,6 +19,7 @@ from rotrl.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 SHARD = "model-00002-of-00003.safetensors"
+QUIET = ("evidence=none", "align=none", "evaluation=none", "logger=none")
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
@@ -219,7 +220,7 @@ def pair(tensors, save):
 
 
 @pytest.mark.parametrize("case", CATALOGUE)
-def test_bad_checkpoint_is_refused(case, pair, tmp_path):
+def test_bad_checkpoint_is_refused(case, pair, typed, tmp_path):
     spoil, words = CATALOGUE[case]
     copy(*pair, tmp_path / "good")
     shutil.rmtree(tmp_path / "good")
@@ -234,6 +235,19 @@ def test_bad_checkpoint_is_refused(case, pair, tmp_path):
         assert word in text
     assert bytes_of(tmp_path) == before
     assert not (tmp_path / "out").exists()
+    code, line = typed(*QUIET, *models(pair), "merge=linear", f"output={tmp_path}/out", f"run_dir={tmp_path}/run")
+    assert (code, line.count("\n")) == (2, 1), line
+    assert line.startswith("error: ")
+    for word in (str(pair[1]), *words):
+        assert word in line
+    assert {**bytes_of(tmp_path), **before} == bytes_of(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "expert", "outside.safetensors", "run"}
+    # Only what a weight's value tells is found after the run has begun.
+    assert (tmp_path / "run").exists() == (case in ("NaN", "Inf"))
+
+
+def models(pair):
+    return ("models=custom", f"models.base={pair[0]}", f"models.experts={{expert: {pair[1]}}}")
 
 
 def test_all_faults_of_all_models_are_told_at_once(pair, tensors, save):

@@ -62,7 +62,10 @@ def test_weights_by_module(trio, method):
     ("per_layer", "words"),
     [
         ([1.0], "merge.per_layer is [1.0], a map from parameter"),
-        ({"denisty": [0.1]}, "merge.per_layer.denisty: 'denisty' is none of the parameters density, "),
+        (
+            {"denisty": [0.1]},
+            "unknown parameter merge.per_layer.denisty of the method, did you mean 'density'? (it takes density, ",
+        ),
         ({"density": 0.3}, "merge.per_layer.density is 0.3, a list over depth or a map"),
         ({"density": [0.3, 3.0]}, "merge.per_layer.density.1 is 3.0, it must lie in (0, 1]"),
         ({"density": []}, "merge.per_layer.density is []"),
