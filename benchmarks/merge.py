@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
+from rotrl.merge.chunks import Chunks
 from rotrl.merge.engine import merge
 from rotrl.merge.method import Method, bind
 
@@ -43,7 +44,7 @@ PEERS = {
     "della": {"density": 0.5, "epsilon": 0.15},
 }
 WITH_BASE = ("task_arithmetic", "nuslerp", "model_stock", "dare_ties", "ties", "della")
-HERE = ("orthomerge", "split_task_arithmetic")  # have no peer
+ALIGNED = ("learned", "geodesic_aligned")  # need rotations
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -105,6 +106,12 @@ def method_of(name: str) -> Method:
     return bind({**config, **PEERS.get(name, {})}, EXPERTS)
 
 
+def every_method() -> list[str]:
+    """All shipped ones that need no alignment."""
+    found = {path.stem: path.read_text() for path in sorted(CONF.glob("*.yaml"))}
+    return [name for name, text in found.items() if "\n_target_:" in text and name not in ALIGNED]
+
+
 def models(folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     return open_checkpoint(folder / "base"), {name: open_checkpoint(folder / name) for name in EXPERTS}
 
@@ -146,17 +153,54 @@ def timed(command: Sequence[str], log: Path) -> tuple[float, float, float]:
     return usage.ru_utime + usage.ru_stime, time.monotonic() - begun, peak / 1e6
 
 
-def error(name: str, folder: Path, merged: Path) -> float:
-    """|merged - oracle| / |oracle - W0| on a few tensors, the oracle the method itself in float64."""
+def error(name: str, folder: Path, merged: Path) -> tuple[float, float]:
+    """|merged - oracle| / |oracle - W0| on a few tensors, the oracle the method in float64.
+
+    And the same of the oracle itself once it is stored in that dtype: no engine can do better.
+    """
     base, experts = models(folder)
-    stored, method, wrong, size = open_checkpoint(merged), method_of(name), 0.0, 0.0
+    stored, method, wrong, floor, size = open_checkpoint(merged), method_of(name), 0.0, 0.0, 0.0
     for tensor in TENSORS:
         w0, ws = base.read(tensor).double(), [expert.read(tensor).double() for expert in experts.values()]
         role = role_of(tensor, w0.shape)
-        oracle = method(tensor, role, w0, ws)
-        wrong += float((stored.read(tensor).double() - oracle).square().sum())
+        rows = Chunks(w0, ws, whole=not method.by_rows(role, w0.ndim)).rows
+        pieces = list(zip(w0.split(rows), zip(*(w.split(rows) for w in ws), strict=True), strict=True))
+        oracle = torch.cat([merged for _, _, merged in method.merge(tensor, role, pieces)])
+        found = stored.read(tensor)
+        wrong += float((found.double() - oracle).square().sum())
+        floor += float((oracle.to(found.dtype).double() - oracle).square().sum())
         size += float((oracle - w0).square().sum())
-    return (wrong / size) ** 0.5
+    return (wrong / size) ** 0.5, (floor / size) ** 0.5
+
+
+def copy(folder: Path, out: Path) -> None:
+    """What a merge that cost nothing would take: read all inputs, write and flush as much as a merge in float32."""
+    out.mkdir()
+    buffer = memoryview(bytearray(1 << 22))
+    with (out / "copy").open("wb") as target:
+        for model in ("base", *EXPERTS):
+            with (folder / model / "model.safetensors").open("rb", buffering=0) as source:
+                while read := source.readinto(buffer):
+                    for _ in range(0 if model == "base" else 1):
+                        target.write(buffer[:read])
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def measure(engine: str, name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    out = folder / f"out-{engine}"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, __file__, str(folder), "--run", engine, name, "--dtype", options.dtype]
+    if engine == "mergekit":
+        peer_config(name, folder, folder / "peer.json")
+        script = str(Path(options.mergekit).parent / "mergekit-yaml")
+        command = [script, str(folder / "peer.json"), str(out), "--no-copy-tokenizer"]
+    cpu, wall, memory = timed(command, folder / f"{engine}.log")
+    found = {"engine": engine, "method": name, "cpu": cpu, "wall": wall, "memory": memory}
+    if engine != "copy":
+        found["error"], found["floor"] = error(name, folder, out)
+    shutil.rmtree(out, ignore_errors=True)
+    return found
 
 
 def main() -> None:
@@ -165,35 +209,41 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment that has mergekit")
     parser.add_argument("--dtype", default="float32", help="of rotrl's output; mergekit writes bfloat16")
-    parser.add_argument("--methods", nargs="+", default=[*PEERS])
-    parser.add_argument("--engines", nargs="+", default=["rotrl", "mergekit"])
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", default=["copy", *PEERS], help="or all")
+    parser.add_argument("--engines", nargs="+", default=["copy", "rotrl", "mergekit"])
+    parser.add_argument("--again", action="store_true", help="measure what results.json holds already")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.absolute()
     if options.run:
-        merge(*models(folder), method_of(options.run), folder / "out-rotrl", dtype=options.dtype, overwrite=True)
+        engine, name = options.run
+        if engine == "copy":
+            copy(folder, folder / "out-copy")
+        else:
+            merge(*models(folder), method_of(name), folder / "out-rotrl", dtype=options.dtype, overwrite=True)
         return
     make(folder, options.layers)
-    print(f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9}", flush=True)
-    for name in options.methods:
-        spent = {}
+    file = folder / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    print(
+        f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
+    )
+    for name in every_method() if options.methods == ["all"] else options.methods:
         for engine in options.engines:
-            if engine == "mergekit" and not (options.mergekit and name in PEERS):
+            if (engine == "mergekit" and not (options.mergekit and name in PEERS)) or (engine == "copy") != (
+                name == "copy"
+            ):
                 continue
-            out = folder / f"out-{engine}"
-            shutil.rmtree(out, ignore_errors=True)
-            command = [sys.executable, __file__, str(folder), "--run", name, "--dtype", options.dtype]
-            if engine == "mergekit":
-                peer_config(name, folder, folder / "peer.json")
-                script = str(Path(options.mergekit).parent / "mergekit-yaml")
-                command = [script, str(folder / "peer.json"), str(out), "--no-copy-tokenizer"]
-            cpu, wall, memory = timed(command, folder / f"{engine}.log")
-            spent[engine] = cpu
-            wrong = f"{error(name, folder, out):>9.2g}"
-            shutil.rmtree(out, ignore_errors=True)
-            print(f"{name:<22} {engine:<9} {cpu:>7.1f} {wall:>7.1f} {memory:>8.2f} {wrong}", flush=True)
-        if len(spent) == 2:
-            print(f"{name:<22} ratio     {spent['rotrl'] / spent['mergekit']:>7.2f}", flush=True)
+            key = f"{name} {engine}" + (f" {options.dtype}" if engine == "rotrl" else "")
+            if key not in results or options.again:
+                results[key] = measure(engine, name, folder, options)
+                file.write_text(json.dumps(results, indent=1))
+            r = results[key]
+            told = f"{r['error']:>9.2g} {r['floor']:>9.2g}" if "error" in r else ""
+            print(f"{name:<22} {engine:<9} {r['cpu']:>7.1f} {r['wall']:>7.1f} {r['memory']:>8.2f} {told}", flush=True)
+        ours, peer = results.get(f"{name} rotrl {options.dtype}"), results.get(f"{name} mergekit")
+        if ours and peer:
+            print(f"{name:<22} ratio     {ours['cpu'] / peer['cpu']:>7.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Config:
     merge_scale: Any = 1.0  # a number, or a rule: mean, norm, sum, retention
     dtype: str = "auto"
     rounding: str = "nearest"
+    device: str = "auto"
     tokenizer_from: str | None = None
     vocab: str = "error"
     lm_head: str = "error"

@@ -271,6 +271,7 @@ def merge(job: Run) -> None:
                 target,
                 dtype=job.cfg["dtype"],
                 rounding=job.cfg["rounding"],
+                device=job.cfg["device"],
                 rotations=learned,
                 grams=gathered,
                 overwrite=job.cfg["overwrite"],

@@ -23,6 +23,7 @@ PRESENTATION = (
     "output",
     "plan_only",
     "overwrite",
+    "device",
     "debug",
     "logger",
     "verify",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars
-from rotrl.checkpoint.writer import AlreadyPublished, staging, valid_manifest, write_manifest, write_weights
+from rotrl.checkpoint.staging import AlreadyPublished, staging
+from rotrl.checkpoint.writer import valid_manifest, write_manifest, write_weights
 
 
 def stands_in_a_folder(model: Checkpoint) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint, named, open_checkpoint
-from rotrl.checkpoint.writer import MANIFEST, sealed_manifest
+from rotrl.checkpoint.writer import MANIFEST, sealed_manifest, shard_fault
 from rotrl.errors import CheckpointError
 
 
@@ -20,6 +20,8 @@ def verify(folder: Path) -> dict:
             problems.append(f"'{name}' is absent")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"'{name}' has {file.stat().st_size} bytes, {entry['bytes']} were written")
+        elif "tensors" in entry:
+            problems += [f"'{name}': {fault}"] if (fault := shard_fault(file, entry)) else []
         elif file_sha256(file) != entry["sha256"]:
             problems.append(f"'{name}' has other bytes than were written")
     extra = sorted(file.name for file in folder.iterdir() if file.name not in {*listed, MANIFEST})
@@ -55,7 +57,7 @@ def _manifest(folder: Path) -> dict:
         manifest = sealed_manifest(folder)
         if manifest is None:
             raise CheckpointError(f"{path}: has other bytes than were written; make the merge again")
-        if all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values()):
+        if all("bytes" in entry and entry.keys() & {"sha256", "tensors"} for entry in manifest["files"].values()):
             return {**manifest, "weights_sha256": manifest["weights_sha256"]}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: does not exist; only checkpoints that rotrl wrote can be verified") from error

@@ -1,62 +1,43 @@
-"""A checkpoint appears whole or not at all: built in a staging folder beside the target, published by rename."""
+"""Weights in safetensors shards, written as they come, and the manifest by which every byte of a folder is known."""
 
-import errno
-import glob
 import hashlib
 import json
 import os
-import shutil
-import socket
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from rotrl.checkpoint import files as steps
-from rotrl.checkpoint.files import file_sha256, fsync, whole_file
+from rotrl.checkpoint.files import file_sha256, whole_file
 from rotrl.checkpoint.header import DTYPES, INDEX
 from rotrl.checkpoint.reader import tensor_bytes, tensor_hash, weights_digest
-from rotrl.errors import CheckpointError
+from rotrl.checkpoint.staging import JOURNAL, finished
 
 MANIFEST = "rotrl_manifest.json"
 SEAL = "manifest_sha256"
 SHARD_SIZE = 5 * 10**9
+BEHIND = 8 << 20  # bytes that wait to be written: few enough to wait in the cache
+FLUSHED = 64 << 20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-
-class AlreadyPublished(Exception):
-    """Another process has published the target meanwhile."""
+Entries = dict[str, dict[str, Any]]
 
 
-@contextmanager
-def staging(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside `target`; on success it becomes `target`, on any error nothing remains of it.
+class Ledger(Protocol):
+    """What the caller counts while tensors are made; with each finished shard its `state` goes to the journal."""
 
-    An existing target is replaced only if `overwrite`, and kept until the new one is whole. AlreadyPublished where
-    another process was faster; CheckpointError where the disk refuses.
-    """
-    target = Path(target).absolute()
-    folder = target.with_name(f"{_mark(target)}{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        folder.mkdir()
-        steps.step("staged")
-        yield folder
-        fsync(folder)
-        steps.step("folder synced")
-        _publish(folder, target, overwrite)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(
-            f"{target}: can't be written ({reason}); free the disk or choose another output"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    def state(self) -> Any: ...
+
+    def load(self, state: Any) -> None: ...
 
 
 def write_weights(
@@ -64,11 +45,15 @@ def write_weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     tensor_of: Callable[[str], Tensor | Iterable[Tensor]],
-) -> tuple[str, dict[str, str]]:
-    """Streams the tensors into shards as they come; gives the weights' sha256 and each file's.
+    *,
+    key: str | None = None,
+    ledger: Ledger | None = None,
+) -> tuple[str, Entries]:
+    """Streams the tensors into shards as they come; gives the weights' sha256 and the manifest's entries of the files.
 
     `tensor_of(name)` is called once per tensor, shard by shard, and gives it whole or as consecutive pieces of rows;
-    shape and dtype must be the given ones.
+    shape and dtype must be the given ones. With a `key` finished shards are journalled; those that a killed run with
+    the same key left are kept if their bytes are right, and `ledger` is set to its state after the last of them.
     """
     meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     # Not its split_torch_state_dict_into_shards, which spends 5 s on importing torch.distributed.
@@ -78,22 +63,51 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
-    digests: dict[str, bytes] = {}
-    files = {}
-    for file, names in plan.filename_to_tensors.items():
-        files[file] = _write_shard(folder / file, {name: meta[name] for name in names}, tensor_of, digests)
+    shards = {file: {name: meta[name] for name in names} for file, names in plan.filename_to_tensors.items()}
+    entries = _kept(folder, shards, key, ledger)
+    for file, tensors in shards.items():
+        if file not in entries:
+            entries[file] = _write_shard(folder / file, tensors, tensor_of)
+            if key is not None:
+                (folder / JOURNAL).mkdir(exist_ok=True)
+                state = ledger.state() if ledger else None
+                write_json(folder / JOURNAL / f"{file}.json", {"key": key, "entry": entries[file], "state": state})
+    digests = {name: bytes.fromhex(sha) for entry in entries.values() for name, sha in entry["tensors"].items()}
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / INDEX, index)
-        files[INDEX] = file_sha256(folder / INDEX)
-    return weights_digest(digests), files
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    return weights_digest(digests), entries
 
 
-def write_manifest(folder: Path, files: Mapping[str, str], content: Mapping[str, Any]) -> None:
-    """The last file of a checkpoint: `content` and the size and sha256 of each file in the folder."""
+def shard_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What of a shard is not as its manifest's entry says, None if every byte is."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(head := stream.read(8), "little")
+        text = stream.read(length)
+        if hashlib.sha256(head + text).hexdigest() != entry["header_sha256"]:
+            return "its header has other bytes than were written"
+        buffer = memoryview(bytearray(1 << 20))
+        for name, info in json.loads(text).items():
+            if name == "__metadata__":
+                continue
+            begin, end = info["data_offsets"]
+            digest = tensor_hash(torch.empty(info["shape"], dtype=DTYPES[info["dtype"]], device="meta"))
+            for at in range(begin, end, len(buffer)):
+                read = stream.readinto(buffer[: min(len(buffer), end - at)])
+                digest.update(buffer[:read])
+            if digest.hexdigest() != entry["tensors"].get(name):
+                return f"tensor '{name}' has other bytes than were written"
+    return None
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint: `content`, and of each file its size and sha256.
+
+    Of a shard it is the sha256 of its header and of each of its tensors, which tell a wrong one by name.
+    """
     listed = {
-        file.name: {"bytes": file.stat().st_size, "sha256": files.get(file.name) or file_sha256(file)}
+        file.name: {"bytes": file.stat().st_size, **(files.get(file.name) or {"sha256": file_sha256(file)})}
         for file in sorted(folder.iterdir())
+        if file.is_file()
     }
     whole = {**content, "files": listed}
     write_json(folder / MANIFEST, {**whole, SEAL: _seal(whole)})
@@ -135,85 +149,90 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text(content).encode()).hexdigest()
 
 
-def _write_shard(
-    path: Path,
-    meta: Mapping[str, Tensor],
-    tensor_of: Callable[[str], Tensor | Iterable[Tensor]],
-    digests: dict[str, bytes],
-) -> str:
+def _kept(folder: Path, shards: Mapping[str, Mapping[str, Tensor]], key: str | None, ledger: Ledger | None) -> Entries:
+    """The entries of the first shards as far as a run with this key finished them and their bytes are right."""
+    left, kept, state = finished(folder, key), {}, None
+    for file, tensors in shards.items():
+        path, entry = folder / file, left.get(file, {}).get("entry")
+        if entry is None or entry["header_sha256"] != hashlib.sha256(_header(tensors)).hexdigest():
+            break
+        if not path.is_file() or shard_fault(path, entry):
+            break
+        kept[file], state = entry, left[file]["state"]
+    for file in left:
+        if file not in kept:
+            (folder / file).unlink(missing_ok=True)
+            (folder / JOURNAL / f"{file}.json").unlink()
+    if kept and ledger:
+        ledger.load(state)
+    return kept
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
     """The safetensors format by hand, because save_file wants all tensors of a shard in memory at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in meta.items():
+    for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with whole_file(path) as temporary, temporary.open("wb") as stream:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            digest.update(chunk)
-            stream.write(chunk)
-        for name, expected in meta.items():
-            given = tensor_of(name)
-            own, rows = tensor_hash(expected), 0
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_shard(
+    path: Path, tensors: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor | Iterable[Tensor]]
+) -> dict[str, Any]:
+    """The shard's entry for the manifest. Bytes are hashed and written on a second thread, while the next are made."""
+    header, digests = _header(tensors), {name: tensor_hash(expected) for name, expected in tensors.items()}
+    with whole_file(path) as temporary, temporary.open("wb", buffering=0) as stream, _behind() as submit:
+        submit(len(header), lambda: _write(stream, memoryview(header)))
+        for name, expected in tensors.items():
+            given, rows = tensor_of(name), 0
             for part in [given] if isinstance(given, Tensor) else given:
                 assert (part.shape[1:], part.dtype) == (expected.shape[1:], expected.dtype), name
-                content = tensor_bytes(part)
-                digest.update(content)
-                own.update(content)
-                stream.write(content)
+                submit(part.nbytes, partial(_write, stream, tensor_bytes(part), digests[name]))
                 rows += len(part) if part.ndim else 1
             assert rows == (len(expected) if expected.ndim else 1), name
-            steps.step(f"{path.name} holds {name}")
-            digests[name] = own.digest()
-    return digest.hexdigest()
+            submit(0, partial(steps.step, f"{path.name} holds {name}"))
+    return {
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+        "tensors": {name: digest.hexdigest() for name, digest in digests.items()},
+    }
 
 
-def _publish(folder: Path, target: Path, overwrite: bool) -> None:
-    old = folder.with_suffix(".old")
-    try:
-        if overwrite:
-            with suppress(FileNotFoundError):
-                target.rename(old)
-            steps.step("old moved aside")
-        folder.rename(target)  # replaces no folder that holds anything
-    except BaseException as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise AlreadyPublished(target) from error
-        raise
-    steps.step("published")
-    fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    steps.step("old removed")
+def _write(stream: FileIO, content: memoryview, digest: "hashlib._Hash | None" = None) -> None:
+    if digest is not None:
+        digest.update(content)
+    begin = stream.tell()
+    while content:
+        content = content[stream.write(content) :]
+    # Written pages go to the disk now and leave the cache, where they would push out the inputs of the merge.
+    if begin // FLUSHED != stream.tell() // FLUSHED:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Folders that killed processes of this machine left beside the target; one moved aside in vain comes back."""
-    for folder in target.parent.glob(f"{glob.escape(_mark(target))}*"):
-        process, _, kind = folder.name.removeprefix(_mark(target)).partition(".")
-        if kind in ("partial", "old") and process.isdigit() and not _alive(int(process)):
-            if kind == "old" and not target.exists():
-                folder.rename(target)
-            else:
-                shutil.rmtree(folder)
+@contextmanager
+def _behind() -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Gives submit(size, work): done in order on another thread, which lags by BEHIND bytes or one tensor at most."""
+    pending: deque[tuple[int, Future[None]]] = deque()
+    waiting = 0
 
+    def finish_first() -> None:
+        nonlocal waiting
+        size, work = pending.popleft()
+        work.result()
+        waiting -= size
 
-def _mark(target: Path) -> str:
-    return f".{target.name}.{socket.gethostname()}-"
+    with ThreadPoolExecutor(1) as pool:
 
+        def submit(size: int, work: Callable[[], None]) -> None:
+            nonlocal waiting
+            waiting += size
+            pending.append((size, pool.submit(work)))
+            while len(pending) > 1 and (waiting > BEHIND or pending[0][1].done()):
+                finish_first()
 
-def _alive(process: int) -> bool:
-    """Whether another process has this id; one of our own folders from before us is abandoned too."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+        yield submit
+        while pending:
+            finish_first()

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
-from rotrl.checkpoint.rounding import ROUNDINGS, cast
+from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
-from rotrl.checkpoint.writer import AlreadyPublished, staging, write_manifest, write_weights
-from rotrl.errors import ConfigError, NumericsError
-from rotrl.merge.chunks import ENTRIES, finite, keep_freed_memory
+from rotrl.checkpoint.staging import AlreadyPublished, staging
+from rotrl.checkpoint.writer import Entries, write_manifest
+from rotrl.errors import ConfigError
+from rotrl.merge.chunks import ENTRIES
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
 from rotrl.merge.method import Method
+from rotrl.merge.stream import Stream, devices
 from rotrl.merge.target import check_space, fingerprint, reusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_LIMIT = 0.01
 PROBES = 8
-NUMBERS = 2  # raised whenever the same configuration gives other numbers than before
+NUMBERS = 3  # raised whenever the same configuration gives other numbers than before
 
 
 def plan_merge(
@@ -85,6 +88,7 @@ def merge(
     rounding: str = "nearest",
     rotations: Path | None = None,
     grams: Mapping[str, Path] | None = None,
+    device: str = "auto",
     overwrite: bool = False,
     table: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -92,15 +96,18 @@ def merge(
     """Writes the merged checkpoint to `target`, or reuses what is there from the same inputs.
 
     `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `rounding` stochastic
-    keeps the mean of updates smaller than the dtype's steps. `table` is Markdown for the card. Gives path, sha256,
-    fingerprint, reused, seconds, dtype, effective_coefficient (along sum d_i), coefficients (per expert, least
-    squares), norm_ratio (|d| / mean |d_i|), storage_loss, warnings.
+    keeps the mean of updates smaller than the dtype's steps. `device` (auto: all GPUs, else cpu) is where tensors are
+    merged that are merged whole; work by rows takes less time than its way to a GPU. `table` is Markdown for the card.
+    A run that was killed goes on after its last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
+    effective_coefficient (along sum d_i), coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|),
+    storage_loss, warnings.
     """
     begun, target = time.monotonic(), Path(target)
     if dtype != "auto":
         _dtype(dtype)
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding is {rounding!r}, one of {', '.join(ROUNDINGS)} is expected")
+    where = devices(device)
     merger = Merger(base, experts, method, rotations, grams)
     inputs, models = _inputs(merger, dtype, rounding, rotations), [base, *experts.values()]
     manifest = reusable(target, inputs, models, overwrite=overwrite)
@@ -110,7 +117,14 @@ def merge(
         check_space(target, plan["bytes"])
         try:
             manifest = _publish(
-                target, merger, inputs, overwrite=overwrite, warnings=plan["warnings"], table=table, progress=progress
+                target,
+                merger,
+                inputs,
+                where,
+                overwrite=overwrite,
+                warnings=plan["warnings"],
+                table=table,
+                progress=progress,
             )
         except AlreadyPublished:
             manifest, reused = reusable(target, inputs, models), True
@@ -130,6 +144,7 @@ def _publish(
     target: Path,
     merger: Merger,
     inputs: Mapping[str, Any],
+    where: Sequence[str],
     *,
     overwrite: bool,
     warnings: Sequence[str],
@@ -139,8 +154,9 @@ def _publish(
     """Writes weights, sidecars, card and, last, the manifest, which it gives."""
     models = [merger.base, *merger.experts.values()]
     notes = [*warnings, *merger.notes]
-    with staging(target, overwrite=overwrite) as folder:
-        dtype, measure, sha256, files = _write(folder, merger, inputs["dtype"], inputs["rounding"], notes, progress)
+    with staging(target, overwrite=overwrite, key=fingerprint(inputs)) as folder:
+        stream = Stream(folder, merger, inputs["rounding"], where, fingerprint(inputs), progress)
+        dtype, measure, sha256, files = _write(stream, inputs["dtype"], notes)
         copy_sidecars(merger.base, folder, dtype)
         configuration = write_config(folder, {**inputs, "names": [model_name(model.path) for model in models]})
         facts = {
@@ -175,75 +191,34 @@ def _publish(
     return content
 
 
-def _write(
-    folder: Path,
-    merger: Merger,
-    dtype: str,
-    rounding: str,
-    notes: list[str],
-    progress: Callable[[int, int], None] | None,
-) -> tuple[torch.dtype, Measure, str, dict[str, str]]:
+def _write(stream: Stream, dtype: str, notes: list[str]) -> tuple[torch.dtype, Measure, str, Entries]:
     """The weights in the first dtype that keeps the update, judged on a few tensors, then on all."""
+    merger = stream.merger
     stored = _stored(merger.base) if dtype == "auto" else _dtype(dtype)
     if dtype == "auto" and stored.itemsize == 2:
         probes = merger.acted[:: math.ceil(len(merger.acted) / PROBES)]
-        loss = _loss(merger, probes, stored, rounding)
+        loss = stream.loss(probes, stored)
         if loss < LOSS_LIMIT:
-            measure, sha256, files = _stream(folder, merger, stored, rounding, progress)
+            measure, sha256, files = stream.write(stored)
             if (loss := measure.storage_loss) < LOSS_LIMIT:
                 return stored, measure, sha256, files
-            for file in files:
-                (folder / file).unlink()
         notes.append(f"stored in float32: {_word(stored)} would lose {loss:.2g} of the update")
     if dtype == "auto":
         stored = torch.float32
-    measure, sha256, files = _stream(folder, merger, stored, rounding, progress)
+    measure, sha256, files = stream.write(stored)
     if measure.storage_loss >= LOSS_LIMIT:
         notes.append(f"{_word(stored)} loses {measure.storage_loss:.2g} of the update; dtype=float32 keeps it")
     notes += [f"expert {name} equals the base" for name in merger.experts if not measure.norm_of(name)]
     return stored, measure, sha256, files
 
 
-def _stream(
-    folder: Path, merger: Merger, dtype: torch.dtype, rounding: str, progress: Callable[[int, int], None] | None
-) -> tuple[Measure, str, dict[str, str]]:
-    measure, done = Measure(list(merger.experts)), 0
-    keep_freed_memory()
-
-    def parts_of(name: str) -> Iterator[Tensor]:
-        nonlocal done
-        yield from _measured(merger, name, dtype, rounding, measure)
-        done += 1
-        if progress is not None:
-            progress(done, len(merger.base.tensors))
-
-    shapes = {name: info.shape for name, info in merger.base.tensors.items()}
-    sha256, files = write_weights(folder, shapes, dtype, parts_of)
-    return measure, sha256, files
-
-
-def _measured(merger: Merger, name: str, dtype: torch.dtype, rounding: str, measure: Measure) -> Iterator[Tensor]:
-    for number, (base, experts, merged) in enumerate(merger.parts(name)):
-        stored = cast(merged, dtype, rounding, f"{name} {number}" if number else name)
-        if merger.base.finite and stored.itemsize < merged.itemsize and not finite(stored):
-            raise NumericsError(f"tensor '{name}': values overflow {_word(dtype)}; use dtype=float32")
-        measure.add(base, experts, merged, stored)
-        yield stored
-
-
-def _loss(merger: Merger, names: Sequence[str], dtype: torch.dtype, rounding: str) -> float:
-    measure = Measure(list(merger.experts))
-    for name in names:
-        for _ in _measured(merger, name, dtype, rounding, measure):
-            pass
-    return measure.storage_loss
-
-
 def _inputs(merger: Merger, dtype: str, rounding: str, rotations: Path | None) -> dict[str, Any]:
     """Everything that the bytes of the merge depend on, by content."""
+    with ThreadPoolExecutor(2) as pool:
+        hashes = pool.map(lambda model: model.sha256, [merger.base, *merger.experts.values()])
     return {
-        "base": merger.base.sha256,
-        "experts": [[name, expert.sha256] for name, expert in merger.experts.items()],
+        "base": next(hashes),
+        "experts": [[name, next(hashes)] for name in merger.experts],
         "merge": merger.method.config,
         "dtype": dtype,
         "rounding": rounding,

@@ -1,6 +1,7 @@
 """How large a merge is beside its experts, and what storing it loses. Pooled over tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +12,53 @@ class Measure:
 
     def __init__(self, experts: Sequence[str]) -> None:
         self.experts = list(experts)
-        self.gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
-        self.products = torch.zeros(len(experts), dtype=torch.float64)
-        self.energy = 0.0
+        self.tensors = 0
+        self.inner = [[0.0] * (i + 1) for i in range(len(experts) + 1)]  # of d_1, ..., d_T, d
         self.lost = 0.0
 
     def add(self, base: Tensor, experts: Sequence[Tensor], merged: Tensor, stored: Tensor) -> None:
         """Adds a tensor or some rows: base, experts and merge in float32, and the merge in the dtype that is stored."""
         vectors = [(tensor - base).flatten() for tensor in (*experts, merged)]
-        for i, x in enumerate(vectors[:-1]):
-            for j, y in enumerate(vectors[: i + 1]):
-                product = float(torch.dot(x, y))
-                self.gram[i, j] += product
-                if i != j:
-                    self.gram[j, i] += product
-            self.products[i] += float(torch.dot(x, vectors[-1]))
-        self.energy += float(torch.dot(vectors[-1], vectors[-1]))
-        lost = (stored.to(merged) - merged).flatten()
-        self.lost += float(torch.dot(lost, lost))
+        for i, row in enumerate(self.inner):
+            for j in range(i + 1):
+                row[j] += float(torch.dot(vectors[i], vectors[j]))
+        if stored.dtype != merged.dtype:
+            lost = (stored.to(merged) - merged).flatten()
+            self.lost += float(torch.dot(lost, lost))
+
+    def include(self, other: "Measure") -> None:
+        """Adds what another has gathered of one more tensor."""
+        self.inner = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(self.inner, other.inner, strict=True)]
+        self.lost += other.lost
+        self.tensors += 1
+
+    def state(self) -> dict[str, Any]:
+        """All that is gathered, for JSON; `load` goes on from there."""
+        return {"inner": self.inner, "lost": self.lost, "tensors": self.tensors}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.inner, self.lost, self.tensors = state["inner"], state["lost"], state["tensors"]
+
+    @property
+    def gram(self) -> Tensor:
+        """<d_i, d_j> in float64."""
+        count = range(len(self.experts))
+        return torch.tensor([[self.inner[max(i, j)][min(i, j)] for j in count] for i in count], dtype=torch.float64)
+
+    @property
+    def products(self) -> Tensor:
+        """<d_i, d>."""
+        return torch.tensor(self.inner[-1][:-1], dtype=torch.float64)
+
+    @property
+    def energy(self) -> float:
+        """|d|^2."""
+        return self.inner[-1][-1]
 
     def norm_of(self, expert: str) -> float:
         """|d_i| of an expert."""
-        return float(self.gram.diagonal()[self.experts.index(expert)]) ** 0.5
+        i = self.experts.index(expert)
+        return self.inner[i][i] ** 0.5
 
     @property
     def effective_coefficient(self) -> float:

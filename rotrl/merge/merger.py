@@ -59,9 +59,13 @@ class Merger:
             self._source = self._source_of(self.rotations)
         self.grams = self._open_grams(grams) if method.gram is not None else {}
 
-    def parts(self, name: str) -> Iterator[Merged]:
+    def by_rows(self, name: str) -> bool:
+        """Whether the tensor is merged in pieces of rows."""
+        return self.method.by_rows(self.roles[name], len(self.base.tensors[name].shape))
+
+    def parts(self, name: str, device: str = "cpu") -> Iterator[Merged]:
         """Base, experts and merge of a tensor in float32, in consecutive pieces of rows. NumericsError names it."""
-        pieces = self._pieces(name)
+        pieces = self._pieces(name, device)
         try:
             for base, experts, merged in self._merge(name, pieces):
                 if self.base.finite and not finite(merged):
@@ -89,24 +93,21 @@ class Merger:
             rotation=self.rotations.get(name) if self.rotations else None,
             source=self._source(name, base, experts) if self._source else None,
             merged=self._under.merged(name, base, experts) if self._under else None,
-            statistics=self._statistics,
+            statistics=self.statistics,
             grams=self._grams_of(name),
         )
 
-    def _pieces(self, name: str) -> Chunks:
+    def _pieces(self, name: str, device: str = "cpu") -> Chunks:
         base, experts = self.base.view(name), [expert.view(name) for expert in self.experts.values()]
-        return Chunks(
-            base, experts, whole=not self.method.by_rows(self.roles[name], base.ndim), checked=self.base.finite
-        )
+        return Chunks(base, experts, whole=not self.by_rows(name), checked=self.base.finite, device=device)
 
     @cached_property
-    def _statistics(self) -> Statistics | None:
+    def statistics(self) -> Statistics | None:
         """The first pass over all tensors that the method merges, made when the first merge is asked for."""
         statistics = self.method.statistics()
         if statistics is not None:
             for name in self.acted:
-                for base, experts in self._pieces(name):
-                    statistics.add(base, experts)
+                statistics.add(self._pieces(name))
         return statistics
 
     def _open_grams(self, folders: Mapping[str, Path] | None) -> dict[str, Grams]:

@@ -44,8 +44,7 @@ def ties(
         summary = summary or Thresholds.of([(base, experts)], {"density": density})
         assert summary is not None
         least = summary.least
-    below = torch.nextafter(torch.tensor(least, dtype=base.dtype), torch.zeros((), dtype=base.dtype)).tolist()
-    kept = [torch.nn.functional.hardshrink(expert - base, bound) for expert, bound in zip(experts, below, strict=True)]
+    kept = [shrink(expert - base, bound) for expert, bound in zip(experts, least, strict=True)]
     return base.add(elect(kept, weights, normalize), alpha=scale)
 
 
@@ -118,23 +117,24 @@ def della(
 
 
 def breadcrumbs(
-    base: Tensor,
+    base: Rows,
     experts: Sequence[Tensor],
     *,
     density: Density = 0.9,
     gamma: Share = 0.01,
     scale: float = 1.0,
     weights: Weights = None,
+    summary: Thresholds | None = None,
 ) -> Tensor:
     """Model Breadcrumbs: `W0 + scale sum w_i m_i d_i`, in each tensor without outliers and tail. arXiv 2312.06795.
 
     m_i drops the `gamma` n largest entries of |d_i| and the smallest, so that `density` n remain.
     """
-    return base + scale * weighted_sum([trim_both(expert - base, density, gamma) for expert in experts], weights)
+    return base.add(weighted_sum(_crumbs(base, experts, density, gamma, summary), weights), alpha=scale)
 
 
 def breadcrumbs_ties(
-    base: Tensor,
+    base: Rows,
     experts: Sequence[Tensor],
     *,
     density: Density = 0.9,
@@ -142,9 +142,10 @@ def breadcrumbs_ties(
     scale: float = 1.0,
     weights: Weights = None,
     normalize: bool = False,
+    summary: Thresholds | None = None,
 ) -> Tensor:
     """Model Breadcrumbs with the sign election of TIES, summed as mergekit does, or averaged if `normalize`."""
-    return base.add(elect([trim_both(e - base, density, gamma) for e in experts], weights, normalize), alpha=scale)
+    return base.add(elect(_crumbs(base, experts, density, gamma, summary), weights, normalize), alpha=scale)
 
 
 def trim(d: Tensor, density: float) -> Tensor:
@@ -152,13 +153,10 @@ def trim(d: Tensor, density: float) -> Tensor:
     return d * largest(d.abs(), max(1, round(density * d.numel())))
 
 
-def trim_both(d: Tensor, density: float, gamma: float) -> Tensor:
-    """`round(density n)` entries: all but the `round(gamma n)` largest, as far as enough remain, and the smallest."""
-    n, magnitude = d.numel(), d.abs()
-    keep = max(1, round(density * n))
-    top = min(round(gamma * n), n - keep)
-    kept = d * largest(magnitude, top + keep)
-    return kept * (magnitude <= magnitude.flatten().kthvalue(n - top).values) if top else kept
+def shrink(d: Tensor, least: float) -> Tensor:
+    """Zero where |d| < least."""
+    below = torch.nextafter(torch.tensor(least, dtype=d.dtype), torch.zeros((), dtype=d.dtype)).item()
+    return torch.nn.functional.hardshrink(d, below)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -223,9 +221,20 @@ def _sample(
     base: Tensor, experts: Sequence[Tensor], probability: Sequence[Tensor] | Sequence[float], seed: int, rescale: bool
 ) -> list[Tensor]:
     """Task vectors of which each entry stays with its probability, divided by it if `rescale`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.SFC64(seed)  # a third of the time of torch.rand
     kept = []
     for expert, p in zip(experts, probability, strict=True):
-        stays = torch.rand(base.shape, generator=generator).to(base.device).lt_(p)
+        bits = generator.random_raw(-(-base.numel() // 2)).view(np.int32)[: base.numel()]
+        draw = torch.from_numpy(bits).to(base).view(base.shape)  # from -2^31 to 2^31
+        stays = draw.le_((p - 0.5) * 2.0**32)
         kept.append((expert - base).mul_(stays.div_(p) if rescale else stays))
     return kept
+
+
+def _crumbs(
+    base: Tensor, experts: Sequence[Tensor], density: float, gamma: float, summary: Thresholds | None
+) -> list[Tensor]:
+    summary = summary or Thresholds.of([(base, experts)], {"density": density, "gamma": gamma})
+    assert summary is not None
+    kept = [shrink(expert - base, bound) for expert, bound in zip(experts, summary.least, strict=True)]
+    return [d.masked_fill_(d.abs() > most, 0.0) for d, most in zip(kept, summary.most, strict=True)]

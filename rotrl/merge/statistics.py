@@ -5,11 +5,13 @@ method merges once, in name order, calls `add` for each, and gives the result to
 so neither sharding nor order changes them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from rotrl.merge.summary import Bounds, Pieces
 
 DROPPED_BITS = 11  # of 31: 8 of the exponent and 12 of the mantissa stay
 CHUNK = 1 << 22
@@ -21,7 +23,7 @@ class Statistics(Protocol):
         """An empty one for a method with these parameters, None if they make do without."""
         ...
 
-    def add(self, base: Tensor, experts: Sequence[Tensor]) -> None: ...
+    def add(self, pieces: Pieces) -> None: ...
 
 
 class Magnitudes:
@@ -34,13 +36,14 @@ class Magnitudes:
     def needed(cls, hyper: Mapping[str, Any]) -> Self | None:
         return cls() if hyper.get("threshold") == "model" else None
 
-    def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        self.counts = self.counts or [torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64) for _ in experts]
-        for count, expert in zip(self.counts, experts, strict=True):
-            for part in (expert - base).float().abs().flatten().split(CHUNK):
-                # The bits of a positive float are ordered as the float is: their head is a bin of its logarithm.
-                bins = (part.cpu().view(torch.int32) >> DROPPED_BITS).long()
-                count += torch.bincount(bins, minlength=len(count))
+    def add(self, pieces: Pieces) -> None:
+        for base, experts in pieces:
+            self.counts = self.counts or [torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64) for _ in experts]
+            for count, expert in zip(self.counts, experts, strict=True):
+                for part in (expert - base).float().abs().flatten().split(CHUNK):
+                    # The bits of a positive float are ordered as the float is: their head is a bin of its logarithm.
+                    bins = part.cpu().view(torch.int32) >> DROPPED_BITS
+                    count += torch.bincount(bins, minlength=len(count))
 
     def thresholds(self, density: float) -> list[float]:
         """For each expert the magnitude that `density` of all its entries reach, rounded down to its bin (2^-12)."""
@@ -66,14 +69,16 @@ class Overlap:
     def needed(cls, hyper: Mapping[str, Any]) -> Self | None:
         return cls(hyper["threshold"], hyper["relative"])
 
-    def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        masks = [active(expert - base, self.threshold, self.relative) for expert in experts]
-        alone = sum(mask.int() for mask in masks) == 1
-        self.unique = self.unique or [0] * len(experts)
-        self.shared = self.shared or [0] * len(experts)
-        for i, mask in enumerate(masks):
-            self.unique[i] += int((mask & alone).sum())
-            self.shared[i] += int((mask & ~alone).sum())
+    def add(self, pieces: Pieces) -> None:
+        above = Bounds.of(pieces, {"threshold": self.threshold, "relative": self.relative}).above
+        for base, experts in pieces:
+            masks = [(expert - base).abs() > bound for expert, bound in zip(experts, above, strict=True)]
+            alone = sum(mask.int() for mask in masks) == 1
+            self.unique = self.unique or [0] * len(experts)
+            self.shared = self.shared or [0] * len(experts)
+            for i, mask in enumerate(masks):
+                self.unique[i] += int((mask & alone).sum())
+                self.shared[i] += int((mask & ~alone).sum())
 
     def ratios(self) -> list[float]:
         """min(1, shared / unique) of each expert; 1 where all it changes is shared, 0 where it changes nothing."""
@@ -81,8 +86,3 @@ class Overlap:
             min(1.0, shared / unique) if unique else float(shared > 0)
             for shared, unique in zip(self.shared, self.unique, strict=True)
         ]
-
-
-def active(d: Tensor, threshold: float, relative: bool) -> Tensor:
-    """Where |d| exceeds the threshold, which is in units of d's root mean square if `relative`."""
-    return d.abs() > (threshold * d.double().square().mean().sqrt() if relative else threshold)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from rotrl.checkpoint.family import open_family
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.header import INDEX
-from rotrl.checkpoint.writer import staging, write_weights
+from rotrl.checkpoint.staging import staging
+from rotrl.checkpoint.writer import write_weights
 from rotrl.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj.weight"

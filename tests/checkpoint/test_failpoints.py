@@ -15,8 +15,9 @@ import torch
 from rotrl.checkpoint import files, writer
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars, write_config
+from rotrl.checkpoint.staging import staging
 from rotrl.checkpoint.verify import verify
-from rotrl.checkpoint.writer import staging, write_manifest, write_weights
+from rotrl.checkpoint.writer import write_manifest, write_weights
 from rotrl.errors import CheckpointError
 
 # Publishes argv[1] at argv[2] and dies at each step in turn, each time in a fresh process.
@@ -144,10 +145,11 @@ def test_two_processes_race_for_one_output(overwrite, source, whole, tmp_path):
     """Both start at once, from a common signal; one of them may lose, and the target is whole."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]);"
+        "from rotrl.checkpoint.staging import AlreadyPublished;"
         "import test_failpoints as t; t.writer.SHARD_SIZE = 3000\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try: t.publish(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=sys.argv[4] == 'True'); print('won')\n"
-        "except t.writer.AlreadyPublished: print('lost')"
+        "except AlreadyPublished: print('lost')"
     )
     target = tmp_path / "place" / "out"
     command = [sys.executable, "-c", code, str(source), str(target), str(Path(__file__).parent), str(overwrite)]
@@ -195,7 +197,7 @@ def test_read_only_place_is_one_line(source, tmp_path):
     place.mkdir(mode=0o555)
     code = (
         "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
-        "from rotrl.checkpoint.writer import staging\n"
+        "from rotrl.checkpoint.staging import staging\n"
         "os.getuid() or os.setuid(65534)\n"
         "with staging(Path(sys.argv[1])): pass"
     )

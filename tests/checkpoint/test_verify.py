@@ -12,8 +12,9 @@ from rotrl.checkpoint import writer
 from rotrl.checkpoint.header import INDEX
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars, write_config
+from rotrl.checkpoint.staging import staging
 from rotrl.checkpoint.verify import verify
-from rotrl.checkpoint.writer import MANIFEST, staging, valid_manifest, write_manifest, write_weights
+from rotrl.checkpoint.writer import MANIFEST, valid_manifest, write_manifest, write_weights
 from rotrl.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj.weight"

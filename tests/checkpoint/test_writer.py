@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rotrl.checkpoint import writer
-from rotrl.checkpoint.files import file_sha256, whole_file
+from rotrl.checkpoint.files import whole_file
 from rotrl.checkpoint.header import INDEX
-from rotrl.checkpoint.reader import open_checkpoint
+from rotrl.checkpoint.reader import open_checkpoint, tensor_digest
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, write_card
+from rotrl.checkpoint.staging import AlreadyPublished, staging
 from rotrl.checkpoint.verify import verify
-from rotrl.checkpoint.writer import MANIFEST, AlreadyPublished, staging, valid_manifest, write_manifest, write_weights
+from rotrl.checkpoint.writer import MANIFEST, shard_fault, valid_manifest, write_manifest, write_weights
 from rotrl.errors import CheckpointError
 
 
@@ -48,8 +49,11 @@ def test_shards_hold_every_tensor_once_and_hash_as_read(sizes, limit, tmp_path_f
     checkpoint = open_checkpoint(folder)
     assert checkpoint.sha256 == sha256
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in weights.items())
-    assert files == {name: file_sha256(folder / name) for name in files}
-    assert {file.name for file in folder.iterdir()} == {*files, "config.json"}
+    assert {name: sha for entry in files.values() for name, sha in entry["tensors"].items()} == {
+        name: tensor_digest(tensor).hex() for name, tensor in weights.items()
+    }
+    assert not any(shard_fault(folder / name, entry) for name, entry in files.items())
+    assert {file.name for file in folder.iterdir()} - {INDEX} == {*files, "config.json"}
 
 
 def test_shards_load_with_the_library_and_are_aligned(source, tmp_path):

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from rotrl.checkpoint import writer
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import NumericsError
-from rotrl.merge import chunks
+from rotrl.merge import chunks, summary
 from rotrl.merge.chunks import Chunks
 from rotrl.merge.engine import merge, merge_state
 from rotrl.merge.summary import Gram, Thresholds
 
-SUMMARISED = ("ties", "slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+SPHERICAL = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+SUMMARISED = (*SPHERICAL, "ties", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "ram_plus", "arcee_fusion")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 ROWS = ("linear", "task_arithmetic", "extrapolation", "interpolation", "consensus", "magmax", *SUMMARISED, *RANDOM)
 
@@ -58,15 +59,24 @@ def test_pieces_draw_masks_of_their_own(trio, method, monkeypatch):
     assert not (kept == kept[:1]).all()
 
 
-@given(seed=st.integers(0, 10**6), density=st.floats(0.01, 1), rows=st.integers(1, 9), equal=st.booleans())
+@given(seed=st.integers(0, 10**6), density=st.floats(0.01, 1), rows=st.integers(1, 9), kind=st.integers(0, 2))
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_thresholds_are_exact(dtype, seed, density, rows, equal):
+def test_thresholds_are_exact(dtype, sampled, seed, density, rows, kind):
+    """Also where many entries are equal, and where the sample misleads because it takes the smallest entries."""
     generator = torch.Generator().manual_seed(seed)
     d = 1e-3 * torch.randn(9, 7, generator=generator, dtype=dtype)
-    d = (1e3 * d).round() / 1e3 if equal else d
+    if kind == 1:
+        d = (1e3 * d).round() / 1e3
+    if kind == 2:
+        d[:, ::5] *= 1e-3
     pieces = [(torch.zeros_like(part), [part, 2 * part]) for part in d.split(rows)]
     expected = d.abs().flatten().sort(descending=True).values[max(1, round(density * d.numel())) - 1].item()
-    thresholds = Thresholds.of(pieces, {"density": density})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "SAMPLED", 0 if sampled else 100)
+        patch.setattr(summary, "STRIDE", 5)
+        patch.setattr(summary, "SIGMAS", 0.1)
+        thresholds = Thresholds.of(pieces, {"density": density})
     assert thresholds is not None
     assert thresholds.least == [expected, 2 * expected]
     assert Thresholds.of(pieces, {"threshold": "model"}) is None

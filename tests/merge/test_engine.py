@@ -260,9 +260,9 @@ def test_auto_dtype_is_the_bases_where_the_update_survives(halves, method, tmp_p
 
 
 def test_auto_dtype_decides_by_the_whole_model_not_by_the_probes(halves, method, tmp_path, monkeypatch):
-    from rotrl.merge import engine
+    from rotrl.merge.stream import Stream
 
-    monkeypatch.setattr(engine, "_loss", lambda *_: 0.0)
+    monkeypatch.setattr(Stream, "loss", lambda *_: 0.0)
     result = merge(*halves(1e-2), method("linear"), tmp_path / "out")
     assert (result["dtype"], result["storage_loss"]) == ("float32", 0)
     verify(tmp_path / "out")

@@ -26,7 +26,7 @@ def test_float32_keeps_the_update_to_a_thousandth(name, shape, method):
         w0, ws = base.to(dtype), [expert.to(dtype) for expert in experts]
         statistics = bound.statistics()
         if statistics is not None:
-            statistics.add(w0, ws)
+            statistics.add([(w0, ws)])
         below = bound.of("w", role, w0, ws) if bound.of else None
         return bound("w", role, w0, ws, merged=below, statistics=statistics)
 

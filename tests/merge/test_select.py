@@ -84,7 +84,7 @@ def test_ram_plus_scales_by_the_overlap_of_the_whole_model(seed, rescale, models
     overlap = Overlap(1e-2, relative=False)
     unique, shared = np.zeros(3), np.zeros(3)
     for base, experts in tensors:
-        overlap.add(torch.tensor(base).float(), [torch.tensor(e).float() for e in experts])
+        overlap.add([(torch.tensor(base).float(), [torch.tensor(e).float() for e in experts])])
         masks = np.array([abs(e - base) > 1e-2 for e in experts])
         unique += (masks & (masks.sum(0) == 1)).sum(axis=(1, 2))
         shared += (masks & (masks.sum(0) > 1)).sum(axis=(1, 2))
@@ -97,7 +97,7 @@ def test_ram_plus_scales_by_the_overlap_of_the_whole_model(seed, rescale, models
 
 def test_overlap_without_unique_entries():
     overlap = Overlap(0.0, relative=False)
-    overlap.add(torch.zeros(3), [torch.ones(3), torch.ones(3), torch.zeros(3)])
+    overlap.add([(torch.zeros(3), [torch.ones(3), torch.ones(3), torch.zeros(3)])])
     assert overlap.ratios() == [1.0, 1.0, 0.0]
 
 

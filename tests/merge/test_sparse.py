@@ -15,7 +15,6 @@ from rotrl.merge.sparse import (
     della_linear,
     keep_probability,
     largest,
-    trim_both,
 )
 
 SEEDS = st.integers(0, 10**6)
@@ -35,8 +34,9 @@ def elect(vectors, weights, normalize):
 
 
 def uniform(seed, base, count):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(base.shape, generator=generator).double().numpy() for _ in range(count)]
+    generator = np.random.SFC64(seed)
+    words = [generator.random_raw(-(-base.size // 2)).view(np.int32)[: base.size] for _ in range(count)]
+    return [(word / 2**32 + 0.5).reshape(base.shape) for word in words]
 
 
 @given(seed=SEEDS, density=st.floats(0.1, 1), rescale=st.booleans(), weights=WEIGHTS, scale=st.floats(0, 2))
@@ -72,6 +72,17 @@ def test_della(shape, seed, density, epsilon, weights, rescale, models, run, clo
     for normalize in (True, False):
         expected = base + 0.5 * elect(dropped, weights, normalize)
         close(run(della, base, experts, **hyper, normalize=normalize, scale=0.5), expected)
+
+
+def test_dare_keeps_the_share_and_the_mean():
+    d = torch.ones(300, 300)
+    for density in (0.1, 0.5, 0.9):
+        merged = dare_linear(torch.zeros(300, 300), [d, d], density=density, seed=3, scale=0.5)
+        masks = [dare_linear(torch.zeros(300, 300), [w, 0 * d], density=density, seed=3) != 0 for w in (d,)]
+        assert masks[0].float().mean() == pytest.approx(density, abs=0.006)
+        assert merged.mean() == pytest.approx(1, abs=0.02)
+        both = (merged > 0.9 / density).float().mean()
+        assert both == pytest.approx(density**2, abs=0.006)  # the experts' masks are independent
 
 
 def test_della_keeps_the_mean_and_prefers_the_large():
@@ -113,8 +124,10 @@ def test_breadcrumbs(seed, density, gamma, weights, normalize, models, run, clos
 
 def test_breadcrumbs_drops_outliers_and_tail():
     d = torch.tensor([5.0, -4, 3, 2, -1])
-    assert trim_both(d, 0.6, 0.2).tolist() == [0, -4, 3, 2, 0]
-    assert trim_both(d, 0.8, 0.4).tolist() == [0, -4, 3, 2, -1]  # of two outliers one, so that four remain
+    zero = torch.zeros(5)
+    assert breadcrumbs(zero, [d], density=0.6, gamma=0.2).tolist() == [0, -4, 3, 2, 0]
+    # Of two outliers one goes, so that four entries remain.
+    assert breadcrumbs(zero, [d], density=0.8, gamma=0.4).tolist() == [0, -4, 3, 2, -1]
     assert largest(torch.ones(5), 2).all()
 
 

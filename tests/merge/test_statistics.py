@@ -21,7 +21,7 @@ def test_threshold_of_the_whole_model(density):
     ]
     magnitudes = Magnitudes()
     for d in tensors:
-        magnitudes.add(torch.zeros(len(d)), [torch.tensor(d)])
+        magnitudes.add([(torch.zeros(len(d)), [torch.tensor(d)])])
     ordered = np.sort(np.abs(np.concatenate(tensors)))[::-1]
     exact = ordered[max(1, round(density * ordered.size)) - 1]
     [threshold] = magnitudes.thresholds(density)
@@ -53,8 +53,8 @@ def test_ram_plus_in_the_engine_uses_the_overlap_of_the_model(trio, method):
     base, experts = trio
     overlap = Overlap(0.5, relative=True)
     pairs = {n: (base.read(n), [e.read(n) for e in experts.values()]) for n in base.tensors}
-    for w0, ws in pairs.values():
-        overlap.add(w0, ws)
+    for pair in pairs.values():
+        overlap.add([pair])
     ram_plus = method("ram_plus", threshold=0.5, relative=True)
     for name, merged in merge_state(*trio, ram_plus).items():
         expected = ram_plus.function(*pairs[name], statistics=overlap, threshold=0.5, relative=True)
