@@ -15,7 +15,8 @@ from rotrl.align.trainer import Progress, frozen_dtype, quiet, threads_for
 from rotrl.checkpoint.grams import GRAMS
 from rotrl.checkpoint.layout import Role, role_of
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.checkpoint.writer import AlreadyPublished, staging, write_json, write_weights
+from rotrl.checkpoint.staging import AlreadyPublished, staging
+from rotrl.checkpoint.writer import write_json, write_weights
 from rotrl.errors import CheckpointError, NumericsError
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]

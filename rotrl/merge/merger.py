@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rotrl.checkpoint.grams import Grams, open_grams
@@ -94,7 +95,7 @@ class Merger:
             source=self._source(name, base, experts) if self._source else None,
             merged=self._under.merged(name, base, experts) if self._under else None,
             statistics=self.statistics,
-            grams=self._grams_of(name),
+            grams=self._grams_of(name, base.device),
         )
 
     def _pieces(self, name: str, device: str = "cpu") -> Chunks:
@@ -129,8 +130,8 @@ class Merger:
             raise CheckpointError(f"{'; '.join(problems)}; delete the folder, and the run gathers them again")
         return grams
 
-    def _grams_of(self, name: str) -> list[Tensor] | None:
-        found = [gram for grams in self.grams.values() if (gram := grams.get(name)) is not None]
+    def _grams_of(self, name: str, device: torch.device) -> list[Tensor] | None:
+        found = [gram.to(device) for grams in self.grams.values() if (gram := grams.get(name)) is not None]
         return found if found and len(found) == len(self.experts) else None
 
     @property
