@@ -200,7 +200,7 @@ def _rehearse(method: Method, count: int) -> None:
     for weights in given:
         statistics = method.statistics()
         if statistics is not None:
-            statistics.add(base, experts)
+            statistics.add([(base, experts)])
         trial = replace(method, hyper={**method.hyper, "weights": weights}, per_layer={})
         with suppress(NumericsError):
             trial("", Role(0, "q"), base, experts, statistics=statistics)

@@ -34,7 +34,7 @@ def regmean(
         return mean
     total, rest = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for expert, gram, weight in zip(experts, grams, shares(weights, len(experts)), strict=True):
-        inner = gram.to(torch.float64, copy=True).mul_(weight * off_diagonal)
+        inner = gram.to(expert.device, torch.float64, copy=True).mul_(weight * off_diagonal)
         inner.diagonal().copy_(gram.diagonal()).mul_(weight)
         rest = (expert - mean).double() @ inner + rest
         total = inner.add_(total)

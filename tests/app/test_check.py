@@ -42,6 +42,10 @@ KEYS = {  # beside merge=linear and QUIET
         ["merge=task_arithmetic", "merge_scale=mean", "merge.weights={math: 1, code: -1}"],
         "merge.weights sum to 0, by which merge.scale=mean divides",
     ),
+    "weights that cancel in the whole model": (
+        ["merge=ties", "merge.threshold=model", "merge_scale=mean", "merge.weights={math: 1, code: -1}"],
+        "merge.weights sum to 0",
+    ),
     "weights in a layer": (["merge.per_layer={weights: {q: {math: 1, code: -1}}}"], "merge.weights sum to 0"),
     "an unknown expert": (["merge.weights={math: 1, cod: 1}"], "merge.weights names 'cod', the experts are math"),
     "output": (["output=files"], "files: holds files that rotrl did not write; choose another output"),
