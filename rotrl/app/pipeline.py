@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotrl.app import descent, provenance
+from rotrl.app.accuracy import accuracy_of
 from rotrl.app.prepare import Prepared, check_evaluation, prepare
 from rotrl.app.stage import Stages, digest, source_digest
 from rotrl.checkpoint.folder import on_disk
@@ -166,12 +168,15 @@ def evidence(job: Run) -> None:
         files = rollouts(job) or {}
         chosen = {key: value for key, value in settings["function"].items() if key != "samples"}
         inputs = [chosen, models.weights, {n: file_hash(f) for n, f in files.items()}, job.cfg["seed"]]
+        if chosen.get("accuracy"):
+            inputs += [job.cfg["protocol"], job.cfg["engine"]]
 
         def test(out: Path) -> dict[str, Any]:
             with job.bar("function") as progress:
                 stage = instantiate(chosen, _convert_="all")
                 shared = {"rollouts": files, "seed": job.cfg["seed"], "progress": progress}
-                return stage(models.base, models.experts, out / "evidence", **shared)
+                scored = {"score": partial(accuracy_of, models, job.cfg)} if chosen.get("accuracy") else {}
+                return stage(models.base, models.experts, out / "evidence", **shared, **scored)
 
         job.record.data["function"] = job.stages.run("function", inputs, (*packages, "align"), test)
     found = job.record.data.get("lineage") or {}

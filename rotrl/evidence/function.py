@@ -3,22 +3,37 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rotrl.align.data import Rollout, load_rollouts
 from rotrl.checkpoint.files import file_sha256
-from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
-from rotrl.errors import CheckpointError, ConfigError
-from rotrl.evidence.divergence import Divergence, load_model
-from rotrl.evidence.gain import JUDGED, Gains, Part, judge_expert, overall
-from rotrl.evidence.nulls import seeded
+from rotrl.errors import ConfigError
+from rotrl.evidence.gain import JUDGED, Gains, Part, beside_controls, judge_expert, overall
+from rotrl.evidence.published import published
+from rotrl.evidence.restore import Span, restorations, taken_out
 from rotrl.evidence.table import Work, write_table
-from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Matrix, Variant, dose, nothing, whole
-from rotrl.linalg.spectrum import basis
+from rotrl.evidence.trial import Trial
+from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Variant, dose, nothing, whole
 
-COLUMNS = ["expert", "part", "energy", "kl", "score", "low", "high"]
-KEPT = 1 << 26  # entries of matrices up to which their singular bases stay in memory; beyond, each is made again
+ACCURACY = ["accuracy", "accuracy_low", "accuracy_high", "to_expert", "to_expert_low", "to_expert_high"]
+COLUMNS = [
+    "expert",
+    "part",
+    "energy",
+    "taken",
+    "kl",
+    "score",
+    "low",
+    "high",
+    "control",
+    "difference",
+    "difference_low",
+    "difference_high",
+    *ACCURACY,
+]
+Chosen = Variant | str | None  # a name: as much energy as that part leaves out, taken out at random
+Score = Callable[[str, str, Path, str], dict[str, float]]
 
 
 def function(
@@ -31,112 +46,119 @@ def function(
     side: str = "small",
     draws: int = 5,
     swaps: bool = True,
+    restore: Mapping[str, Sequence[Span]] | None = None,
     doses: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25),
     problems: int | None = None,
     max_tokens: int | None = None,
     batch: int = 32,
     bootstrap: int = 2000,
     tight: float = 0.1,
+    accuracy: bool = False,
+    score: Score | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """KL(expert || variant) of every part of every expert's update; writes out/function.csv and gives the verdict.
 
     `rollouts` are the files that align reads. A variant changes the matrices of attention and MLP; everything else is
     the base's, but in the row non_matrix, which is the reverse. Columns: energy is ||part||^2 / ||D||^2 over the
-    matrices, kl in nats a token, score the share 1 - kl / kl(base) of the gap that the part closes, with low and high
-    of a bootstrap over problems. Rows named by a dose: update_<t> is W0 + t D, rotation_<t> is R^t W0.
+    matrices, taken ||D - part||^2 / ||D||^2, kl in nats a token, score the share 1 - kl / kl(base) of the gap that the
+    part closes, with low and high of a bootstrap over problems; difference is the score less that of the control in
+    the row, paired. Rows named by a dose: update_<t> is W0 + t D, rotation_<t> is R^t W0. With `accuracy`,
+    `score(expert, part, folder, sha256)` gives the columns ACCURACY of one variant; each is written, scored, removed.
     Parts that are done are kept in out/function.work.jsonl until all are. Raises ConfigError, CheckpointError.
     """
     _check(side, draws, tight)
+    if accuracy and score is None:
+        raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")
+    parts = dict(_parts(draws, swaps, restorations(restore), doses))
     check_family(base, experts)
     samples = load_rollouts(experts, rollouts, max_tokens=max_tokens)
     samples = {name: _chosen(given, problems, seed) for name, given in samples.items()}
-    parts = list(_parts(draws, swaps, doses))
     weights = {name: model.sha256 for name, model in {"": base, **experts}.items()}
     hashes = {name: file_sha256(Path(path)) for name, path in (rollouts or {}).items()}
-    work = Work(out / "function.work.jsonl", [weights, hashes, seed, side, problems, max_tokens, [p for p, _ in parts]])
+    work = Work(out / "function.work.jsonl", [weights, hashes, seed, side, problems, max_tokens, list(parts)])
     found: dict[str, Gains] = {}
     for number, (name, expert) in enumerate(experts.items()):
-        run = _Run(name, base, expert, samples[name], side, seed, batch)
-        measured = {}
-        for done, (part, variant) in enumerate(parts):
-            key = f"{name}/{part}"
-            if key not in work.rows:
-                work.add(key, [run.measure(part, variant)])
-            measured[part] = Part(**work.rows[key][0])
+
+        def moved(done: int, total: int, number: int = number) -> None:
             if progress:
-                progress(number * len(parts) + done + 1, len(experts) * len(parts))
-        found[name] = Gains(measured, samples=len(samples[name]), resamples=bootstrap, seed=seed)
+                progress(number * total + done, len(experts) * total)
+
+        trial = Trial(name, base, expert, side, seed)
+        measured, scores = _measure(trial, parts, samples[name], work, batch, score if accuracy else None, out, moved)
+        found[name] = Gains(measured, samples=len(samples[name]), resamples=bootstrap, seed=seed, accuracy=scores)
     rows = [{"expert": name, **row} for name, gains in found.items() for row in gains.rows()]
-    write_table(out / "function.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
+    write_table(out / "function.csv", COLUMNS, [{key: row.get(key) for key in COLUMNS} for row in rows])
     work.path.unlink()
     judged = {name: judge_expert(name, gains, tight) for name, gains in found.items()}
-    verdict, words = overall(judged)
+    for name, expert in experts.items():
+        judged[name]["published"] = published(base.path, expert.path)
+    verdict, sentences = overall(judged)
+    for name, gains in found.items():
+        sentences += [*beside_controls(name, gains), *judged[name]["published"]]
     told = (
-        f"supported if the gain of the tangent part over that of {' and of '.join(JUDGED)} at equal energy has an "
+        f"supported if the gain of the tangent part over that of {', of '.join(JUDGED)} at equal energy has an "
         f"interval above 1; refuted if one of these intervals ends below {1 + tight:g}; else undecided"
     )
-    return {"rows": rows, "experts": judged, "verdict": verdict, "words": words, "thresholds": {"words": told}}
+    return {
+        "rows": rows,
+        "experts": judged,
+        "verdict": verdict,
+        "words": " ".join(sentences),
+        "sentences": sentences,
+        "thresholds": {"words": told},
+    }
 
 
-class _Run:
-    """One expert: what a variant's weights are, put into one model in memory. Models are loaded when first needed."""
-
-    def __init__(
-        self, name: str, base: Checkpoint, expert: Checkpoint, rollouts: list[Rollout], side: str, seed: int, batch: int
-    ) -> None:
-        self.name, self.base, self.expert, self.side, self.seed = name, base, expert, side, seed
-        self.rollouts, self.batch = rollouts, batch
-        roles = {key: role_of(key, info.shape) for key, info in base.tensors.items()}
-        self.matrices = [key for key, role in roles.items() if role.is_matrix]
-        if not self.matrices:
-            raise CheckpointError(
-                f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)"
-            )
-        self.others = [key for key in base.tensors if key not in self.matrices]
-        size = sum(base.tensors[key].shape[0] * base.tensors[key].shape[1] for key in self.matrices)
-        self.kept: dict[str, Matrix] | None = {} if size <= KEPT else None
-        self.divergence: Divergence | None = None
-
-    def measure(self, part: str, variant: Variant | None) -> dict[str, Any]:
-        """Energy of a part and KL of the model that has it, by problem. Without a variant: all but the matrices."""
-        if self.divergence is None:
-            self.divergence = Divergence(self.expert, self.rollouts, batch=self.batch)
-            self.model = load_model(self.base)
-            self.state = self.model.state_dict()
-            if unknown := [key for key in self.base.tensors if key not in self.state]:
-                raise CheckpointError(
-                    f"{self.base.path}: tensor '{unknown[0]}' has no place in {type(self.model).__name__}; remove it"
-                )
-        energy, total = 0.0, 0.0
-        for key in self.matrices:
-            matrix = self._matrix(key)
-            change = matrix.update(variant or nothing, seeded(self.seed, self.name, key, part))
-            energy, total = energy + float(change.square().sum()), total + float(matrix.D.square().sum())
-            self.state[key].copy_(self.base.read(key).double() + change)
-        for key in self.others:
-            before, after = self.base.read(key), self.expert.read(key)
-            self.state[key].copy_(before if variant else after)
-            energy += 0.0 if variant else float((after.double() - before.double()).square().sum())
-        kl = self.divergence.of(self.model)
-        energy = energy / total if total else float("nan")
-        return {"energy": energy, "kl": kl.tolist(), "tokens": self.divergence.tokens.tolist()}
-
-    def _matrix(self, key: str) -> Matrix:
-        if self.kept is not None and key in self.kept:
-            return self.kept[key]
-        W0 = self.base.read(key).double()
-        made = Matrix(basis(W0), W0, self.expert.read(key).double() - W0, self.side)
-        if self.kept is not None:
-            self.kept[key] = made
-        return made
+def _measure(
+    trial: Trial,
+    parts: Mapping[str, Chosen],
+    samples: list[Rollout],
+    work: Work,
+    batch: int,
+    score: Score | None,
+    out: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, Part], dict[str, dict[str, float]]]:
+    """KL of every part of one expert, and with `score` its accuracy; of drawn kinds that of the first draw."""
+    sampled = {part: _kind(part) for part in parts if not _kind(part) or part.endswith("_0")} if score else {}
+    total, measured = len(parts) + len(sampled), {}
+    chosen: dict[str, Variant | None] = {}
+    for done, (part, given) in enumerate(parts.items(), 1):
+        chosen[part] = taken_out(measured[given].taken) if isinstance(given, str) else given
+        key = f"{trial.name}/{part}"
+        if key not in work.rows:
+            work.add(key, [trial.measure(part, chosen[part], samples, batch)])
+        measured[part] = Part(**work.rows[key][0])
+        progress(done, total)
+    trial.release()
+    scores = {}
+    for done, (part, kind) in enumerate(sampled.items(), 1):
+        key = f"{trial.name}/{part}/accuracy"
+        if key not in work.rows:
+            with trial.on_disk(part, chosen[part], out / "variant") as sha256:
+                work.add(key, [cast(Score, score)(trial.name, part, out / "variant", sha256)])
+        scores[kind or part] = work.rows[key][0]
+        progress(len(parts) + done, total)
+    return measured, scores
 
 
-def _parts(draws: int, swaps: bool, doses: Sequence[float]) -> Iterator[tuple[str, Variant | None]]:
+def _kind(part: str) -> str:
+    """Which kind of random draw a part is one of; empty for all others."""
+    kind = part.rpartition("_")[0]
+    return kind if kind in DRAWN else ""
+
+
+def _parts(
+    draws: int, swaps: bool, restored: Mapping[str, Variant], doses: Sequence[float]
+) -> Iterator[tuple[str, Chosen]]:
     yield from (("base", nothing), ("matrices", whole), ("non_matrix", None))
     yield from SINGLE.items()
     yield from ((f"{name}_{i}", variant) for name, variant in DRAWN.items() for i in range(draws))
     yield from SWAPS.items() if swaps else ()
+    for name, variant in restored.items():
+        yield name, variant
+        yield f"{name}_control", name
     for t in doses:
         yield f"update_{t:g}", dose(t, rotated=False)
         yield f"rotation_{t:g}", dose(t, rotated=True)

@@ -9,10 +9,15 @@ import numpy as np
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.errors import CheckpointError, ConfigError
+from rotrl.evidence.bands import COLUMNS as BANDS
+from rotrl.evidence.beside import band_summary, pair_summary, suite_summary
 from rotrl.evidence.measure import COLUMNS, SIDES, Row, Settings, measure
 from rotrl.evidence.nulls import CONTROLS, check_controls, planted_fraction
+from rotrl.evidence.pairs import COLUMNS as PAIRS
 from rotrl.evidence.table import Work, defined, write_table
 from rotrl.evidence.verdict import Thresholds, expert_verdict, judge, overall_verdict
+
+TABLES = {"geometry": COLUMNS, "bands": BANDS, "pairs": PAIRS}
 
 
 def geometry(
@@ -27,40 +32,56 @@ def geometry(
     bootstrap: int = 1000,
     rotation: float = 0.5,
     none: float = 0.05,
+    bands: Sequence[float] = (0.1, 0.9),
     dtype: str = "float64",
+    device: str = "auto",
     references: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures base -> each expert on all attention and MLP matrices; writes out/geometry.csv and gives the summary.
+    """Measures base -> each expert on all attention and MLP matrices; gives the summary and writes, below out,
+    geometry.csv, bands.csv (by parts of the spectrum: bands.band_rows) and pairs.csv (two experts: pairs.pair_row).
 
-    One row a matrix, expert and side; `control` is "" for the real update, a control's name, or planted_<fraction>.
-    kappa_low and kappa_high are kappa -+ 1.96 standard deviations over the sign-flip null. The summary holds medians
-    with bootstrap intervals over layers, the planted fraction that would show the same kappa, and verdicts. Experts
-    named in `references` (an SFT of the same base, say) are those that the others must differ from to be special.
-    Rows are kept by matrix in out/geometry.work.jsonl until all are there: a call that was killed goes on from it.
-    Raises ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
+    In geometry.csv one row a matrix, expert and side; `control` is "" for the real update, a control's name, or
+    planted_<fraction>. kappa_low and kappa_high are kappa -+ 1.96 standard deviations over the sign-flip null. The
+    summary holds medians with bootstrap intervals over layers, the planted fraction that would show the same kappa, and
+    verdicts. Experts named in `references` (an SFT of the same base, say) are those that the others must differ from to
+    be special. Rows are kept by matrix in out/geometry.work.jsonl until all are there: a call that was killed goes on
+    from it. Raises ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
     """
     check_controls(controls)
-    _check(experts, planted, principal, references, dtype)
+    _check(experts, planted, principal, bands, references, dtype)
+    where = torch_device(device)
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
     names = [name for name, role in roles.items() if role.is_matrix]
     if not names:
         raise CheckpointError(f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)")
-    settings = Settings(seed, list(controls), list(planted), principal, dtype)
+    settings = Settings(seed, list(controls), list(planted), principal, dtype, list(bands))
     inputs = {name: model.sha256 for name, model in {"": base, **experts}.items()}
-    work, rows = Work(out / "geometry.work.jsonl", [settings._asdict(), inputs]), []
+    work = Work(out / "geometry.work.jsonl", [settings._asdict(), inputs])
+    tables: dict[str, list[Row]] = {name: [] for name in TABLES}
     for done, name in enumerate(names):
         if name not in work.rows:
             tuned = {expert: model.read(name) for expert, model in experts.items()}
             about = {"layer": roles[name].layer, "module": roles[name].module}
-            work.add(name, [about | row for row in measure(base.read(name), tuned, name, settings)])
-        rows += work.rows[name]
+            measured = measure(base.read(name), tuned, name, settings, where)
+            work.add(name, [about | row | {"table": table} for table, rows in measured.items() for row in rows])
+        for row in work.rows[name]:
+            tables[row["table"]].append({key: value for key, value in row.items() if key != "table"})
         if progress:
             progress(done + 1, len(names))
-    write_table(out / "geometry.csv", COLUMNS, rows)
+    for table, columns in TABLES.items():
+        if tables[table]:
+            write_table(out / f"{table}.csv", columns, tables[table])
     work.path.unlink()
-    return summarise(rows, Thresholds(rotation, none), bootstrap=bootstrap, seed=seed, references=references)
+    rows = tables["geometry"]
+    beside = {
+        "bands": band_summary(tables["bands"], bands),
+        "suite": suite_summary(rows),
+        "pairs": pair_summary(tables["pairs"]),
+    }
+    found = summarise(rows, Thresholds(rotation, none), bootstrap=bootstrap, seed=seed, references=references)
+    return found | {name: [_json(row) for row in table] for name, table in beside.items()}
 
 
 def summarise(
@@ -155,6 +176,7 @@ def _check(
     experts: Mapping[str, Checkpoint],
     planted: Sequence[float],
     principal: float,
+    bands: Sequence[float],
     references: Sequence[str],
     dtype: str,
 ) -> None:
@@ -164,5 +186,20 @@ def _check(
         raise ConfigError(f"evidence.geometry.planted: {outside[0]} is not a fraction; give values from 0 to 1")
     if not 0 < principal <= 1:
         raise ConfigError(f"evidence.geometry.principal: {principal} is not a share; give a value in (0, 1]")
+    if list(bands) != sorted({edge for edge in bands if 0 < edge < 1}):
+        raise ConfigError(f"evidence.geometry.bands: {list(bands)} are no rising edges between 0 and 1")
     if unknown := [name for name in references if name not in experts]:
         raise ConfigError(f"references: no model {unknown[0]!r}; one of: {', '.join(experts)}")
+
+
+def torch_device(chosen: str) -> str:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not here."""
+    import torch
+
+    if chosen == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"evidence.geometry.device: {chosen!r} is not here; choose auto or cpu") from error
+    return chosen

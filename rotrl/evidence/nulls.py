@@ -26,7 +26,7 @@ def seeded(seed: int, *names: str) -> Generator:
 
 def isotropic(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
     """Gaussian noise of the norm of D."""
-    noise = torch.randn(D.shape, generator=generator, dtype=D.dtype)
+    noise = torch.randn(D.shape, generator=generator, dtype=D.dtype).to(D.device)
     return noise * (torch.linalg.matrix_norm(D) / torch.linalg.matrix_norm(noise))
 
 
@@ -42,7 +42,7 @@ def sign_flip(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Co
 
 def permuted(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
     """D with its rows and its columns in random order: the same entries and spectrum, unrelated to the base."""
-    rows, columns = (torch.randperm(size, generator=generator) for size in D.shape[-2:])
+    rows, columns = (torch.randperm(size, generator=generator).to(D.device) for size in D.shape[-2:])
     return D[..., rows, :][..., columns]
 
 
@@ -75,7 +75,7 @@ def plant(c: Coordinates, fraction: float, *, side: Side, generator: Generator) 
     """
     noise, carrier = (c._replace(T=c.T * _signs(c.T, generator)) for _ in range(2))
     turn = tangent_part(carrier, side=side)
-    keep = torch.as_tensor(1.0 - fraction, dtype=c.T.dtype)
+    keep = torch.as_tensor(1.0 - fraction).to(c.T)
     gain = fraction * c.energy / turn.energy  # no tangent direction at all (one row or column): NaN, as kappa is
     T = keep.sqrt() * noise.T + gain.sqrt()[..., None, None] * turn.T
     below, beside = (keep * a + gain[..., None] * b for a, b in ((c.below, turn.below), (c.beside, turn.beside)))
@@ -93,4 +93,4 @@ def planted_fraction(kappa: float, curve: Sequence[tuple[float, float]]) -> floa
 
 
 def _signs(like: Tensor, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like.dtype) * 2 - 1
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1

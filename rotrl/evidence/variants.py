@@ -19,9 +19,13 @@ Variant = Callable[["Matrix", Generator], Tensor]
 
 
 class Matrix:
-    """W0 (m, n), D and the basis of W0, turned so that the rotation acts on the left. side: small | left | right."""
+    """W0 (m, n), D and the basis of W0, turned so that the rotation acts on the left. side: small | left | right.
 
-    def __init__(self, frame: Basis, W0: Tensor, D: Tensor, side: str) -> None:
+    depth: where its layer lies in the model, 0 to 1.
+    """
+
+    def __init__(self, frame: Basis, W0: Tensor, D: Tensor, side: str, depth: float = 0.0) -> None:
+        self.depth = depth
         m, n = W0.shape
         self.flip = side == "right" or (side == "small" and m >= n)
         self.frame = frame.mT if self.flip else frame
@@ -83,11 +87,32 @@ def random(x: Matrix, generator: Generator) -> Tensor:
     return turned @ V.mT
 
 
+def plane(x: Matrix, generator: Generator) -> Tensor:
+    """D projected as P_T projects it, but with a random sense in every plane, at the energy of P_T D.
+
+    F P_T F D with random signs F in the basis of the base: the same planes, one direction of each, the same weights
+    on the entries of T, and no more of a rotation than of a stretch.
+    """
+    U, _, V = x.frame
+
+    def signed(M: Tensor) -> Tensor:
+        T = U.mT @ M @ V
+        return M + U @ (T * (signs - 1)) @ V.mT
+
+    signs = _signs(x.D.new_empty(len(x.frame.s), len(x.frame.s)), generator)
+    kept = signed(tangent_projection(x.frame, signed(x.D), side="left"))
+    found = kept.square().sum()
+    return kept * (x.tangent.square().sum() / found).sqrt() if found > 0 else kept
+
+
 def part(x: Matrix, generator: Generator) -> Tensor:
     """Random coordinates of D in the basis of the base, as many as hold the energy of P_T D: what any part keeps."""
+    return random_part(x, float(x.tangent.square().sum() / x.D.square().sum()), generator)
+
+
+def random_part(x: Matrix, share: float, generator: Generator) -> Tensor:
+    """Random coordinates of D in the basis of the base, scaled to exactly `share` of its energy."""
     U, s, V = x.frame
-    energy = x.tangent.square().sum()
-    share = float(energy / x.D.square().sum())
     if U.shape[0] < V.shape[0]:  # the outer block is on the right
         image = U.mT @ x.D
         T = image @ V
@@ -99,7 +124,7 @@ def part(x: Matrix, generator: Generator) -> Tensor:
         kept = U @ (T * _mask(T.shape, share, generator)) @ V.mT
         kept = kept + ((image - U @ T) * _mask((1, len(s)), share, generator)) @ V.mT
     found = kept.square().sum()
-    return kept * (energy / found).sqrt() if found > 0 else kept
+    return kept * (share * x.D.square().sum() / found).sqrt() if found > 0 else kept
 
 
 def scaled(x: Matrix, generator: Generator) -> Tensor:
@@ -148,7 +173,7 @@ def dose(t: float, *, rotated: bool) -> Variant:
 
 
 SINGLE: dict[str, Variant] = {f.__name__: f for f in (tangent, complement, rotation, scaled)}
-DRAWN: dict[str, Variant] = {f.__name__: f for f in (random, part)}
+DRAWN: dict[str, Variant] = {f.__name__: f for f in (random, plane, part)}
 SWAPS: dict[str, Variant] = {f.__name__: f for f in (vectors, vectors_control, values, values_control)}
 
 

@@ -23,7 +23,7 @@ def share_vs_null(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     real = [row for row in rows if not row["control"]]
     if not real:
         return None
-    names = _ordered(real, record)
+    names = in_order(real, record)
     trained = [name for name in names if name in experts(record)] or names
     colour = colours(trained)
     figure = Figure(figsize=(9.2, 4.9))
@@ -55,7 +55,7 @@ def kappa_by_layer(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     rows = [row for row in rows if row["layer"] is not None]
     if not rows:
         return None
-    names, thresholds = _ordered(rows, record), (record.get("geometry") or {}).get("thresholds") or {}
+    names, thresholds = in_order(rows, record), (record.get("geometry") or {}).get("thresholds") or {}
     rotation, none = number(thresholds.get("rotation")) or 0.5, number(thresholds.get("none")) or 0.05
     figure = Figure(figsize=(9.2, 1.0 + 2.0 * len(names)))
     grid = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
@@ -90,18 +90,25 @@ def kappa_by_layer(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
 
 def geometry_rows(run_dir: Path) -> list[Row]:
     """evidence/geometry.csv with numbers as numbers; rows without a share (unmoved matrices) are left out."""
-    path = Path(run_dir) / "evidence" / "geometry.csv"
+    rows = read_rows(run_dir, "geometry", ("share", "null", "kappa", "kappa_low", "kappa_high", "layer"))
+    for row in rows:
+        row["control"] = row.get("control") or ""
+    return [row for row in rows if row["share"] is not None and row["null"] is not None]
+
+
+def read_rows(run_dir: Path, name: str, numbers: Sequence[str]) -> list[Row]:
+    """A table of the evidence with the named columns as numbers, None where a cell is empty; [] where there is none."""
+    path = Path(run_dir) / "evidence" / f"{name}.csv"
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows: list[Row] = [dict(row) for row in csv.DictReader(file)]
     for row in rows:
-        row |= {key: number(row.get(key)) for key in ("share", "null", "kappa", "kappa_low", "kappa_high", "layer")}
-        row["control"] = row.get("control") or ""
-    return [row for row in rows if row["share"] is not None and row["null"] is not None]
+        row |= {key: number(row.get(key)) for key in numbers}
+    return rows
 
 
-def _ordered(rows: Sequence[Row], record: Mapping[str, Any]) -> list[str]:
+def in_order(rows: Sequence[Row], record: Mapping[str, Any]) -> list[str]:
     """Experts first, in their order, then the models that serve as controls."""
     found = list(dict.fromkeys(row["expert"] for row in rows))
     return sorted(found, key=lambda name: (name not in experts(record), found.index(name)))

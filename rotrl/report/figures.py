@@ -9,15 +9,22 @@ from matplotlib.figure import Figure
 
 from rotrl.checkpoint.files import whole_file
 from rotrl.report.evidence_figures import kappa_by_layer, share_vs_null
+from rotrl.report.function_figures import dose_response, parts, restored
 from rotrl.report.paint import STYLE
 from rotrl.report.redact import redact
 from rotrl.report.score_figures import alignment, task_means, tasks_scatter
+from rotrl.report.spectrum_figures import angle_spectra, calibration
 
 Draw = Callable[[Mapping[str, Any], Path], Figure | None]
 PLAIN = {"Date": None, "Creator": None}  # nothing in the file that changes from run to run
 FIGURES: dict[str, Draw] = {
     "share_vs_null": share_vs_null,
     "kappa_by_layer": kappa_by_layer,
+    "calibration": calibration,
+    "angle_spectra": angle_spectra,
+    "parts": parts,
+    "dose_response": dose_response,
+    "restored": restored,
     "alignment": alignment,
     "tasks_scatter": tasks_scatter,
     "task_means": task_means,

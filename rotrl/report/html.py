@@ -23,6 +23,15 @@ FIGURES = {
     "random signs would show. Rotations lie far above the diagonal, as the planted ones do; on it is the null.",
     "kappa_by_layer": "kappa = (share - null) / (1 - null), a mark for each matrix. The band and the dashed line are "
     "the thresholds that were fixed beforehand; bars are 1.96 standard deviations of the null.",
+    "calibration": "What a kappa means: that of the update with random signs once a known share of rotation is planted "
+    "in it. Dashed: the medians of the updates themselves; read their share off the line.",
+    "angle_spectra": "Angle by which the best rotation turns the singular directions, from the largest singular values "
+    "on, medians over layers of each tenth. Dashed: isotropic noise of the same norm, about sigma/s in every plane.",
+    "parts": "Share of the KL to the expert that a part of its update closes, against its share of the energy. Filled: "
+    "parts; hollow: controls; dashed: the whole update at a scale. What is level with its control shows nothing.",
+    "dose_response": "The same along the update and along its rotation; at t = 1 the update is the expert's matrices.",
+    "restored": "What is left of the skill with the base's singular vectors put back into these ranks or layers, "
+    "beside as much energy taken out of the update at random.",
     "alignment": "Divergence of the rotated model from its teachers while the rotations were learned. Lines: training "
     "batches; circles: held-out problems, before (open) and after (filled).",
 }

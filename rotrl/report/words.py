@@ -51,8 +51,7 @@ def consequences(record: Mapping[str, Any]) -> list[str]:
 
 def function_words(record: Mapping[str, Any]) -> list[str]:
     """What the parts of the updates do, by KL to the expert."""
-    words = (record.get("function") or {}).get("words")
-    return [str(words)] if words else []
+    return list((record.get("function") or {}).get("sentences") or [])
 
 
 def geometry_words(record: Mapping[str, Any]) -> list[str]:

@@ -6,27 +6,33 @@ import re
 import numpy as np
 import pytest
 
-from rotrl.evidence.gain import Gains, Part, judge_expert, overall, worst
+from rotrl.evidence.gain import Gains, Part, beside_controls, judge_expert, overall, worst
 
 PROBLEMS = 60
 
 
-def gains(spread=0.02, seed=0, **closed):
-    """Parts that close these shares of a gap of 1 nat a token on average, with noise of its own on every problem."""
+def gains(spread=0.02, seed=0, problems=PROBLEMS, **closed):
+    """Parts that close these shares of a gap of 1 nat a token on average, with noise of its own on every problem.
+
+    The draws of one kind share their noise, as they share their problems.
+    """
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(5, 20, PROBLEMS).astype(float)
+    tokens = rng.integers(5, 20, problems).astype(float)
 
-    def part(share, energy):
-        kl = (1 - share + spread * rng.standard_normal(PROBLEMS)) * tokens
-        return Part(energy, kl.tolist(), tokens.tolist())
+    def part(share, energy, kind="base"):
+        noise = np.random.default_rng([seed, *kind.encode()]).standard_normal(problems)
+        kl = (1 - share + spread * noise) * tokens
+        return Part(energy, kl.tolist(), tokens.tolist(), 1 - energy)
 
-    parts = {"base": part(0, 0.0), "matrices": Part(1.0, [0.0] * PROBLEMS, tokens.tolist())}
-    parts |= {name: part(share, 0.25) for name, share in closed.items()}
-    return Gains(parts, samples=2 * PROBLEMS, resamples=500, seed=0)
+    parts = {"base": part(0, 0.0), "matrices": Part(1.0, [0.0] * problems, tokens.tolist(), 0.0)}
+    parts |= {name: part(share, 0.25, name.rpartition("_")[0] or name) for name, share in closed.items()}
+    return Gains(parts, samples=2 * problems, resamples=500, seed=0, accuracy={"tangent": {"accuracy": 0.7}})
 
 
 def judged(**closed):
-    return judge_expert("math", gains(**closed), tight=0.1)
+    """Directions of the same planes gain what other parts of the update gain, unless told."""
+    planes = {name.replace("part", "plane"): share for name, share in closed.items() if name.startswith("part")}
+    return judge_expert("math", gains(**(planes | closed)), tight=0.1)
 
 
 def test_supported_refuted_undecided():
@@ -34,6 +40,7 @@ def test_supported_refuted_undecided():
     assert judged(tangent=0.5, part_0=0.3, part_1=0.31, **base)["verdict"] == "supported"
     assert judged(tangent=0.5, part_0=0.51, part_1=0.49, **base)["verdict"] == "refuted"
     assert judged(tangent=0.5, part_0=0.7, part_1=0.71, **base)["verdict"] == "refuted"
+    assert judged(tangent=0.5, part_0=0.3, part_1=0.31, plane_0=0.5, plane_1=0.51, **base)["verdict"] == "refuted"
     open_ = judged(tangent=0.5, part_0=0.43, part_1=0.43, spread=0.6, **base)
     assert open_["verdict"] == "undecided"
     assert open_["decided_by"] > 2 * PROBLEMS
@@ -41,12 +48,26 @@ def test_supported_refuted_undecided():
 
 
 def test_the_number_of_samples_that_decides_does_decide():
-    """The half-width falls with the root of the samples: at the number told it has the distance to the threshold."""
-    found = judged(tangent=0.5, part_0=0.43, part_1=0.43, random_0=0.1, random_1=0.1, scaled=0.6, spread=0.6)
-    each = next(c for c in found["comparisons"] if c["against"].startswith("random parts"))
-    half = (each["high"] - each["low"]) / 2
-    reached = half * (2 * PROBLEMS / each["decided_by"]) ** 0.5
-    assert reached == pytest.approx(max(each["ratio"] - 1, 1.1 - each["ratio"]), rel=0.02)
+    """At the number that is told the half-width is the distance to the nearer decision."""
+    closed = {"tangent": 0.5, "part_0": 0.47, "part_1": 0.47, "random_0": 0.1, "random_1": 0.1, "scaled": 0.6}
+
+    def against_parts(problems):
+        found = judged(**closed, spread=0.2, problems=problems)
+        return next(c for c in found["comparisons"] if c["against"].startswith("random parts"))
+
+    few = against_parts(100)
+    assert few["verdict"] == "undecided"
+    many = against_parts(few["decided_by"] // 2)
+    gap = max(few["ratio"] - 1, 1.1 - few["ratio"])
+    assert (many["high"] - many["low"]) / 2 == pytest.approx(gap, rel=0.25)
+
+
+def test_where_the_draws_disagree_more_samples_do_not_help():
+    draws = {f"part_{i}": share for i, share in enumerate((0.2, 0.45, 0.7))}
+    found = judged(tangent=0.5, random_0=0.1, random_1=0.1, scaled=0.6, **draws)
+    assert found["verdict"] == "undecided"
+    assert found["decided_by"] is None
+    assert "more draws of the controls are needed first" in found["words"]
 
 
 def test_directions_that_gain_nothing_are_beaten_without_a_ratio():
@@ -54,7 +75,7 @@ def test_directions_that_gain_nothing_are_beaten_without_a_ratio():
     assert found["verdict"] == "supported"
     assert found["comparisons"][0]["ratio"] is None
     json.dumps(found, allow_nan=False)
-    assert re.search(r"random rotations of that energy -1[0-2]%,", found["words"])
+    assert re.search(r"random rotations -1[0-2]%,", found["words"])
 
 
 def test_draws_widen_the_interval():
@@ -83,15 +104,35 @@ def test_rows_have_the_base_at_0_and_the_whole_at_1():
     assert rows["tangent"]["low"] < rows["tangent"]["score"] < rows["tangent"]["high"]
     assert rows["tangent"]["gain_per_energy"] == pytest.approx(0.5 / 0.25, rel=0.1)
     assert rows["base"]["gain_per_energy"] is None
+    assert rows["tangent"]["taken"] == 0.75
+    assert rows["tangent"]["accuracy"] == 0.7
+    assert "accuracy" not in rows["random"]
+
+
+def test_a_restoration_is_paired_with_its_control():
+    rows = {row["part"]: row for row in gains(**{"ranks_0-20": 0.5, "ranks_0-20_control": 0.8}).rows()}
+    row = rows["ranks_0-20"]
+    assert row["control"] == "ranks_0-20_control"
+    assert row["difference"] == pytest.approx(row["score"] - rows["ranks_0-20_control"]["score"])
+    assert row["difference_low"] < row["difference"] < row["difference_high"] < 0
+    assert "control" not in rows["matrices"]
+
+
+def test_swaps_and_restorations_are_told_beside_their_controls():
+    closed = {"vectors": 0.9, "vectors_control": 0.95, "ranks_0-20": 0.5, "ranks_0-20_control": 0.8}
+    swapped, restored = beside_controls("math", gains(spread=0.0, **closed))
+    assert "the expert's vectors with the base's values 90.0%, control 95.0% (-5.0 points, -5.0 to -5.0)" in swapped
+    assert "ranks 0-20 % 50.0%, control 80.0% (-30.0 points" in restored
+    assert beside_controls("math", gains()) == []
 
 
 def test_experts_that_differ_leave_it_open_and_the_scaled_update_is_told():
     good = judged(tangent=0.5, part_0=0.2, part_1=0.2, random_0=0.1, random_1=0.1, scaled=0.8)
     bad = judged(tangent=0.5, part_0=0.7, part_1=0.7, random_0=0.1, random_1=0.1, scaled=0.8)
     assert overall({"a": good, "b": bad})[0] == "undecided"
-    verdict, words = overall({"a": good})
+    verdict, sentences = overall({"a": good})
     assert verdict == "supported"
-    assert "Yet the whole update scaled to that energy gains more" in words
+    assert sentences[1].startswith("Yet the whole update scaled to that energy gains more")
     assert worst(["supported", "undecided"]) == "undecided"
 
 

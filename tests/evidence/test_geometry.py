@@ -129,8 +129,50 @@ def test_a_killed_measurement_goes_on_and_gives_the_same_table(family, base, mon
     monkeypatch.setattr(geometry_module, "measure", lambda *x: measured.append(x[2]) or original(*x))
     assert geometry(opened, experts, out) == whole
     assert len(measured) == 28 - 5
-    assert (out / "geometry.csv").read_bytes() == (family.folder / "whole" / "geometry.csv").read_bytes()
-    assert [path.name for path in out.iterdir()] == ["geometry.csv"]
+    assert sorted(path.name for path in out.iterdir()) == ["bands.csv", "geometry.csv"]
+    for path in out.iterdir():
+        assert path.read_bytes() == (family.folder / "whole" / path.name).read_bytes()
+
+
+def test_bands_suite_and_pairs_of_noise_and_of_a_rotation(family, base):
+    """Two runs of one recipe share half of their rotation; noise shares nothing and lies evenly over the bands."""
+    base = {name: W.bfloat16() for name, W in base.items()}
+    turned = {
+        i: family.matrices(base, lambda W, j, i=i: rotated(rotated(W, j), j + 100 * i).bfloat16()) for i in (1, 2)
+    }
+    noisy = {name: W.bfloat16() for name, W in family.moved(base, 1, 0.02).items()}
+    found = run(family, base, {"first": turned[1], "second": turned[2], "noisy": noisy}, planted=[])
+
+    bands = {(row["expert"], row["side"], row["start"]): row for row in found["bands"]}
+    assert len(bands) == 3 * 2 * 3
+    for start in (0, 0.1, 0.9):
+        assert bands["first", "left", start]["kappa"] > 0.9
+        assert abs(bands["noisy", "left", start]["kappa"]) < 0.2
+        assert bands["noisy", "right", start]["energy_ratio"] == pytest.approx(1, abs=0.2)
+        assert bands["noisy", "right", start]["angle_ratio"] == pytest.approx(1, abs=0.2)  # bands of 1 to 19
+    with (family.folder / "out" / "bands.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first = [r for r in rows if (r["expert"], r["tensor"], r["side"]) == ("noisy", rows[0]["tensor"], "left")]
+    bands = [r for r in first if (r["start"], r["stop"]) in (("0", "0.1"), ("0.1", "0.9"), ("0.9", "1"))]
+    assert sum(float(r["energy"]) for r in bands) == pytest.approx(1)
+    assert len(first) == 3 + 8
+
+    suite = {(row["expert"], row["measure"]): row for row in found["suite"]}
+    assert suite["first", "nss"]["ratio"] < 0.2
+    for measure in ("nss", "angle_mean_left", "low_overlap", "principal_overlap", "unchanged_bf16"):
+        assert suite["noisy", measure]["ratio"] == pytest.approx(1, abs=0.1), measure
+    assert (
+        suite["noisy", "low_overlap"]["update"] > 1.01
+    )  # of 1.02 at most: finer steps of small numbers, by noise alone
+
+    pairs = {(row["a"], row["b"]): row for row in found["pairs"]}
+    assert list(pairs) == [("first", "second"), ("first", "noisy"), ("second", "noisy")]
+    alike, apart = pairs["first", "second"], pairs["first", "noisy"]
+    assert alike["cosine"] == pytest.approx(0.5, abs=0.1)
+    assert alike["generators"] == pytest.approx(0.5, abs=0.1)
+    assert abs(apart["cosine"]) < 4 * apart["cosine_spread"]
+    assert apart["jaccard"] == pytest.approx(apart["jaccard_noise"], abs=0.05)
+    assert apart["commutator"] == pytest.approx(apart["commutator_null"], rel=0.1)
 
 
 def test_rows_of_other_settings_are_not_taken_over(family, base):
@@ -239,6 +281,8 @@ def test_bootstrap_over_layers_covers_the_median():
         ({"dtype": "bfloat16"}, "'bfloat16' is not float64 or float32"),
         ({"planted": [0.1, 3]}, "3 is not a fraction"),
         ({"principal": 0}, "0 is not a share"),
+        ({"bands": [0.9, 0.1]}, r"\[0.9, 0.1\] are no rising edges"),
+        ({"device": "cuda:7"}, "'cuda:7' is not here; choose auto or cpu"),
         ({"references": ["sft"]}, "no model 'sft'; one of: noisy"),
     ],
 )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from rotrl.errors import ConfigError
 from rotrl.evidence.nulls import seeded
+from rotrl.evidence.restore import layers, ranks, restorations, taken_out
 from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Matrix, dose, nothing, whole
 from rotrl.linalg.spectrum import basis, coordinates
 from rotrl.linalg.tangent import tangent_projection
@@ -38,7 +40,7 @@ def test_energies_are_equal_where_they_should_be(case):
     assert torch.allclose(found["tangent"], tangent_projection(W0, D, side=side))
     assert torch.allclose(found["tangent"] + found["complement"], D)
     energy = found["tangent"].norm()
-    for name in ("random", "part", "scaled"):
+    for name in ("random", "plane", "part", "scaled"):
         assert found[name].norm() == pytest.approx(float(energy)), name
     for swap in ("vectors", "values"):
         moved, control = ((D if swap == "vectors" else 0) - found[name] for name in (swap, f"{swap}_control"))
@@ -55,6 +57,30 @@ def test_random_is_a_rotation_with_the_energy_of_the_update_in_every_plane(case)
     many = torch.stack([x.update(DRAWN["random"], seeded(i)) for i in range(300)])
     cosine = (many * D).sum((-2, -1)) / (many[0].norm() * D.norm())
     assert abs(cosine.mean()) < 4 * cosine.std() / 300**0.5
+
+
+def test_plane_directions_are_projections_with_the_signs_of_a_draw(case):
+    """Brute force on every plane: project (T_ij, T_ji) on (s_j, +-s_i); all plus is P_T, all minus a pure stretch."""
+    x = case[2]
+    U, s, V = x.frame
+    T = U.mT @ x.D @ V
+    drawn = U.mT @ DRAWN["plane"](x, seeded(0)) @ V
+    same, ratios = 0, []
+    for i in range(len(s)):
+        for j in range(i):
+            turn, stretch = (torch.stack([s[j], sign * s[i]]) / torch.hypot(s[i], s[j]) for sign in (-1, 1))
+            pair = torch.stack([T[i, j], T[j, i]])
+            found = torch.stack([drawn[i, j], drawn[j, i]])
+            options = [(pair @ d) * d for d in (turn, stretch)]
+            scales = [(found @ o) / (o @ o) for o in options]
+            errors = [float((found - scale * o).norm()) for scale, o in zip(scales, options, strict=True)]
+            best = errors.index(min(errors))
+            assert errors[best] < 1e-10
+            ratios.append(float(scales[best]))
+            same += best == 0
+    assert 0.2 < same / len(ratios) < 0.8
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert drawn.diagonal().abs().max() < 1e-10
 
 
 def test_finite_rotation_and_swaps_are_what_they_are_called(case):
@@ -75,8 +101,43 @@ def test_finite_rotation_and_swaps_are_what_they_are_called(case):
 
 def test_a_part_keeps_what_points_along_the_update(case):
     _, D, x, _ = case
-    part = x.update(DRAWN["part"], seeded(0))
-    assert (part * D).sum() / (part.norm() * D.norm()) > 0.2
+    for name in ("part", "plane"):
+        kept = x.update(DRAWN[name], seeded(0))
+        assert (kept * D).sum() / (kept.norm() * D.norm()) > 0.2
+
+
+def test_restored_ranks_have_the_vectors_of_the_base_and_the_values_of_the_expert(case):
+    W0, D, x, _ = case
+    before, after = basis(W0), basis(W0 + D)
+    r = len(before.s)
+    expected = sum(
+        after.s[i] * torch.outer((source := before if i < r // 2 else after).U[:, i], source.V[:, i]) for i in range(r)
+    )
+    assert torch.allclose(W0 + x.update(ranks(0, 0.5), seeded(0)), expected)
+    everything = x.update(ranks(0, 1), seeded(0))
+    assert torch.allclose(everything, x.update(SWAPS["values"], seeded(0)))
+    assert torch.allclose(x.update(layers(0, 0.5), seeded(0)), everything)  # depth 0
+    assert torch.allclose(x.update(layers(0.5, 1), seeded(0)), D)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6, 1.5])
+def test_what_is_taken_out_has_the_energy_that_is_asked_for(case, share):
+    _, D, x, _ = case
+    left = x.update(taken_out(share), seeded(0))
+    assert (D - left).square().sum() == pytest.approx(float(share * D.square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [({"rank": [[0, 1]]}, "'rank' is not ranks or layers"), ({"ranks": [[0.5, 0.2]]}, r"\[0.5, 0.2\] is no span")],
+)
+def test_wrong_restorations_are_one_line(spans, message):
+    with pytest.raises(ConfigError, match=message):
+        restorations(spans)
+
+
+def test_restorations_are_named_by_their_span():
+    assert list(restorations({"ranks": [[0, 0.2]], "layers": [[0.75, 1]]})) == ["ranks_0-20", "layers_75-100"]
 
 
 def test_an_unmoved_matrix_stays(case):

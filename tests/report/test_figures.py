@@ -16,7 +16,7 @@ def test_the_demo_draws_every_figure_the_same_every_time(full):
     record, run_dir = full
     written = figures.draw(record, run_dir)
     names = {path.stem for path in written}
-    assert names == {"share_vs_null", "kappa_by_layer", "alignment", "tasks_scatter"}
+    assert names == {"share_vs_null", "kappa_by_layer", "calibration", "alignment", "tasks_scatter"}
     assert all((run_dir / "figures" / f"{name}.{kind}").is_file() for name in names for kind in ("svg", "png"))
     first = {path.name: path.read_bytes() for path in written}
     figures.draw(record, run_dir)

@@ -52,7 +52,7 @@ def test_one_page_without_network_or_scripts(full):
     record, run_dir = full
     page = rendered(record, run_dir)
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert all(reference.startswith("#") for reference in page.references)
     assert len(page.ids) == len(set(page.ids))
     source = (run_dir / "report.html").read_text()

@@ -84,7 +84,7 @@ def test_an_offline_run_holds_all_of_it_and_no_secret(full, monkeypatch, server)
     ):
         assert found["summary"][name]["nrows"] == len(rows)
     pictures = [key for key in found["summary"] if key.startswith("figures/")]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     assert found["summary"]["report"]["_type"] == "html-file"
     assert found["summary"]["align/kl_math"] == pytest.approx(record["align"]["curve"][-1]["kl_math"])
     written = contents(run_dir / "wandb")

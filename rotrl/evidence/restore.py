@@ -1,0 +1,51 @@
+"""The base's singular vectors put back into the expert by ranks or by layers, beside as much energy taken out anywhere.
+
+Published for models after SFT and RL (arXiv 2508.16546, 2509.12235): the vectors of the largest singular values, or of
+the first quarter of the layers, put back alone undo most of what training did. No control is given there; here each
+restoration stands beside random coordinates of the update that hold as much energy, taken out of all matrices.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Generator, Tensor
+
+from rotrl.errors import ConfigError
+from rotrl.evidence.variants import Matrix, Variant, random_part, values
+
+Span = Sequence[float]
+
+
+def ranks(start: float, stop: float) -> Variant:
+    """The expert's singular values with the base's vectors at the ranks from start to stop (shares of all)."""
+
+    def restored(x: Matrix, generator: Generator) -> Tensor:
+        r = len(x.frame.s)
+        band = slice(round(start * r), round(stop * r))
+        before, after = ((b.U[:, band] * x.after.s[band]) @ b.V[:, band].mT for b in (x.frame, x.after))
+        return x.D + before - after
+
+    return restored
+
+
+def layers(start: float, stop: float) -> Variant:
+    """The same for all ranks of the matrices in the layers from start to stop; the others are the expert's."""
+    return lambda x, generator: values(x, generator) if start <= x.depth < stop else x.D
+
+
+def taken_out(share: float) -> Variant:
+    """D less random coordinates of it that hold `share` of its energy; beyond 1 all of it is turned round."""
+    return lambda x, generator: x.D - random_part(x, share, generator)
+
+
+def restorations(spans: Mapping[str, Sequence[Span]] | None) -> dict[str, Variant]:
+    """{ranks_0-20: variant}, from {"ranks": [[0, 0.2]], "layers": [[0, 0.25]]}. Raises ConfigError on other spans."""
+    kinds = {"ranks": ranks, "layers": layers}
+    found = {}
+    for kind, given in (spans or {}).items():
+        if kind not in kinds:
+            raise ConfigError(f"evidence.function.restore: {kind!r} is not ranks or layers")
+        for span in given:
+            if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+                raise ConfigError(f"evidence.function.restore.{kind}: {list(span)} is no span of shares; try [0, 0.2]")
+            found[f"{kind}_{100 * span[0]:g}-{100 * span[1]:g}"] = kinds[kind](*span)
+    return found
