@@ -36,7 +36,8 @@ def main(preset: str = "full", *modules: str) -> None:
         W0 = (0.02 * torch.randn(SHAPES[module], generator=generator)).to(torch.bfloat16)
         W1 = (W0 + 2e-5 * torch.randn(SHAPES[module], generator=generator)).to(torch.bfloat16)
         start = time.process_time()
-        rows = list(measure(W0, {"expert": W1}, f"model.layers.0.{module}", settings))
+        tables = measure(W0, {"expert": W1}, f"model.layers.0.{module}", settings)
+        rows = [row for table in tables.values() for row in table]
         seconds[module] = time.process_time() - start
         print(f"{module:<5} {SHAPES[module]!s:<13} {seconds[module]:6.1f} s  {len(rows)} rows", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -11,7 +11,7 @@ from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.errors import ConfigError
 from rotrl.evidence.gain import JUDGED, Gains, Part, beside_controls, judge_expert, overall
 from rotrl.evidence.published import published
-from rotrl.evidence.restore import Span, restorations, taken_out
+from rotrl.evidence.restore import Span, left_out, restorations
 from rotrl.evidence.table import Work, write_table
 from rotrl.evidence.trial import Trial
 from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Variant, dose, nothing, whole
@@ -32,7 +32,7 @@ COLUMNS = [
     "difference_high",
     *ACCURACY,
 ]
-Chosen = Variant | str | None  # a name: as much energy as that part leaves out, taken out at random
+Chosen = Variant | str | None  # a name: what lacks as much of D as that part does, at random places
 Score = Callable[[str, str, Path, str], dict[str, float]]
 
 
@@ -125,7 +125,7 @@ def _measure(
     total, measured = len(parts) + len(sampled), {}
     chosen: dict[str, Variant | None] = {}
     for done, (part, given) in enumerate(parts.items(), 1):
-        chosen[part] = taken_out(measured[given].taken) if isinstance(given, str) else given
+        chosen[part] = left_out(measured[given].energy, measured[given].taken) if isinstance(given, str) else given
         key = f"{trial.name}/{part}"
         if key not in work.rows:
             work.add(key, [trial.measure(part, chosen[part], samples, batch)])

@@ -2,11 +2,12 @@
 
 Published for models after SFT and RL (arXiv 2508.16546, 2509.12235): the vectors of the largest singular values, or of
 the first quarter of the layers, put back alone undo most of what training did. No control is given there; here each
-restoration stands beside random coordinates of the update that hold as much energy, taken out of all matrices.
+restoration stands beside an update that lacks as much of D and is as far from it, at random places of all matrices.
 """
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Generator, Tensor
 
 from rotrl.errors import ConfigError
@@ -32,9 +33,21 @@ def layers(start: float, stop: float) -> Variant:
     return lambda x, generator: values(x, generator) if start <= x.depth < stop else x.D
 
 
-def taken_out(share: float) -> Variant:
-    """D less random coordinates of it that hold `share` of its energy; beyond 1 all of it is turned round."""
-    return lambda x, generator: x.D - random_part(x, share, generator)
+def left_out(energy: float, taken: float) -> Variant:
+    """D less random coordinates of it, plus noise: as much energy, and as far from D, as a change C has and is.
+
+    energy = ||C||^2 and taken = ||D - C||^2 over ||D||^2. The coordinates hold what C lacks of D, which is
+    <D, D - C> / ||D||^2 = (1 - energy + taken) / 2. What C puts in its place, taken less that, is isotropic here: base
+    vectors at a few ranks alone do not fit the others.
+    """
+    share = (1 - energy + taken) / 2
+
+    def changed(x: Matrix, generator: Generator) -> Tensor:
+        noise = torch.randn(x.D.shape, generator=generator, dtype=x.D.dtype)
+        size = (max(0.0, taken - share) * x.D.square().sum()).sqrt()
+        return x.D - random_part(x, share, generator) + noise * size / torch.linalg.matrix_norm(noise)
+
+    return changed
 
 
 def restorations(spans: Mapping[str, Sequence[Span]] | None) -> dict[str, Variant]:

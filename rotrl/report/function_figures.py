@@ -40,11 +40,9 @@ def parts(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         own = {row["part"]: row for row in rows if row["expert"] == name}
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9)
         axes.annotate("as its energy", (52, 50), color=MUTED, rotation=45, ha="center", va="top", fontsize=9)
-        doses = sorted(
-            (row for part, row in own.items() if part.startswith("update_") or part == "scaled"),
-            key=lambda row: row["energy"],
-        )
+        doses = [row for part, row in own.items() if part.startswith("update_")]
         if doses:
+            doses = sorted([*doses, *(own[part] for part in ("scaled",) if part in own)], key=lambda row: row["energy"])
             curve = [(0.0, 0.0), *((row["energy"], row["score"]) for row in doses if row["energy"] <= 1.001)]
             axes.plot(*(100 * np.array(curve)).T, color=ORANGE, linewidth=1.0, linestyle=(0, (4, 3)))
         for known, hollow in ((PARTS, False), (CONTROLS, True)):

@@ -156,7 +156,8 @@ def test_restorations_stand_beside_as_much_energy_taken_out(models, rollouts, tm
     for part in ("ranks_0-20", "layers_0-25", "layers_75-100"):
         row, control = rows[part], rows[f"{part}_control"]
         assert row["control"] == f"{part}_control"
-        assert float(row["taken"]) == pytest.approx(float(control["taken"]))
+        assert float(row["taken"]) == pytest.approx(float(control["taken"]), rel=0.02)
+        assert float(row["energy"]) == pytest.approx(float(control["energy"]), abs=0.05)
         assert float(row["difference"]) == pytest.approx(float(row["score"]) - float(control["score"]), abs=1e-6)
     assert 0.1 < float(rows["layers_0-25"]["taken"]) < 0.6  # one layer of three
 
