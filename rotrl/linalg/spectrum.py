@@ -172,9 +172,3 @@ def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
     cosine = torch.linalg.svdvals(overlap).clamp(max=1.0)
     sine = torch.linalg.svdvals(Y - X @ overlap).flip(-1).clamp(max=1.0)
     return torch.where(cosine.square() > 0.5, torch.arcsin(sine), torch.arccos(cosine))
-
-
-def unchanged_bf16(W0: Tensor, W1: Tensor) -> Tensor:
-    """Share of entries with the same bits once both matrices are cast to bfloat16."""
-    before, after = (W.to(torch.bfloat16).view(torch.int16) for W in (W0, W1))
-    return (before == after).double().mean((-2, -1))

@@ -85,6 +85,8 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "comparisons": record.get("comparisons") or [],
         "figures": _figures(run_dir),
         "geometry": (record.get("geometry") or {}).get("rows") or [],
+        "beside": {key: (record.get("geometry") or {}).get(key) or [] for key in ("bands", "suite", "pairs")},
+        "function": (record.get("function") or {}).get("rows") or [],
         "thresholds": ((record.get("geometry") or {}).get("thresholds") or {}).get("words"),
         "align": _align(record.get("align") or {}),
         "merges": record.get("merges") or {},

@@ -80,6 +80,19 @@ def test_bands_add_up_to_the_whole(shape, side):
 
 
 @cases
+def test_bands_do_not_change_with_the_basis(shape, side):
+    """W -> P W Q^T."""
+    W0, D = random(*shape), random(*shape, seed=1)
+    P, Q = (torch.linalg.qr(random(n, n, seed=n)).Q for n in shape)
+    before, after = (
+        list(band_rows(coordinates(a, b), side=side, edges=[0.1, 0.9]))
+        for a, b in ((W0, D), (P @ W0 @ Q.mT, P @ D @ Q.mT))
+    )
+    for a, b in zip(before, after, strict=True):
+        assert {**a, "side": 0} == pytest.approx({**b, "side": 0})
+
+
+@cases
 def test_a_rotation_of_the_head_is_found_there(shape, side):
     """A rotation in planes of the first directions: kappa 1 in their band, and no angle in the others."""
     W0 = random(*shape)

@@ -65,6 +65,16 @@ def test_masks_on_planted_entries():
     assert overlap(torch.ones_like(update), update) == pytest.approx(1)
 
 
+def test_changes_in_bf16_are_those_of_the_bits():
+    W0 = random(20, 10).to(torch.bfloat16).float()
+    W1 = W0.clone()
+    W1[:5] *= 1 + 2**-6  # two steps of bfloat16
+    W1[5:] *= 1 + 2**-12  # lost on the cast
+    assert changed(W0, W1)[:5].all()
+    assert not changed(W0, W1)[5:].any()
+    assert changed(torch.zeros(2, 2), -torch.zeros(2, 2)).all()
+
+
 def test_jaccard_of_equal_disjoint_and_independent_masks():
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.rand(400, 400, generator=draw) < p for p in (0.3, 0.2))

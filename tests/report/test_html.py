@@ -84,6 +84,43 @@ def test_records_of_single_stages(case, present, request):
     assert "Comparisons" not in text
 
 
+def test_what_stands_beside_kappa_and_every_part_have_tables(evidence_only):
+    record, run_dir = evidence_only
+    band = {"expert": "math", "side": "left", "start": 0.0, "stop": 0.1, "kappa": -0.02, "share": 0.5, "null": 0.51}
+    pair = {
+        "a": "math",
+        "b": "code",
+        "cosine": 0.048,
+        "cosine_spread": 0.004,
+        "generators": 0.03,
+        "jaccard_noise": None,
+    }
+    record["geometry"] |= {
+        "bands": [band | {"energy_ratio": 3.55, "angle_ratio": 1.81}],
+        "suite": [{"expert": "math", "measure": "low_overlap", "update": 1.032, "noise": 1.029, "ratio": 1.003}],
+        "pairs": [pair | {"commutator": 0.24, "commutator_null": 0.22, "jaccard": 0.9, "jaccard_random": 0.9}],
+    }
+    part = {
+        "expert": "math",
+        "part": "vectors",
+        "energy": 0.97,
+        "taken": 0.03,
+        "score": 0.999,
+        "low": 0.99,
+        "high": 1.0,
+    }
+    control = {"control": "vectors_control", "difference": -0.012, "difference_low": -0.02, "difference_high": 0.0}
+    record["function"] = {
+        "rows": [
+            part | control,
+            part | {"part": "tangent", "accuracy": 0.625, "accuracy_low": None, "accuracy_high": None},
+        ]
+    }
+    text = " ".join(rendered(record, run_dir).text)
+    for shown in ("0 to 10", "3.55", "low overlap", "1.029", "0.048", "vectors", "−1.2", "62.5"):
+        assert shown in text.replace("-1.2", "−1.2"), shown
+
+
 def test_a_failed_run_says_why(failed):
     record, run_dir = failed
     text = " ".join(rendered(record, run_dir).text)
