@@ -176,7 +176,9 @@ def evidence(job: Run) -> None:
                 stage = instantiate(chosen, _convert_="all")
                 shared = {"rollouts": files, "seed": job.cfg["seed"], "progress": progress}
                 scored = {"score": partial(accuracy_of, models, job.cfg)} if chosen.get("accuracy") else {}
-                return stage(models.base, models.experts, out / "evidence", **shared, **scored)
+                summary = stage(models.base, models.experts, out / "evidence", **shared, **scored)
+            free_gpu()
+            return summary
 
         job.record.data["function"] = job.stages.run("function", inputs, (*packages, "align"), test)
     found = job.record.data.get("lineage") or {}
@@ -191,9 +193,6 @@ def rollouts(job: Run) -> dict[str, Path] | None:
     models = job.prepared
     if not models.prompts or job.files:
         return job.files
-    import torch
-
-    from rotrl.evaluate.engine import close_shared_engine
     from rotrl.evaluate.rollouts import rollouts as sample
 
     settings = models.samples or {}
@@ -211,8 +210,7 @@ def rollouts(job: Run) -> dict[str, Path] | None:
             base=models.base.path,
             progress=progress,
         )
-    if torch.cuda.is_available():  # the engine holds most of the GPU's memory, and what comes next needs it
-        close_shared_engine()
+    free_gpu()
     key, reused = (
         digest({n: file_hash(f) for n, f in files.items()}),
         all(f.stat().st_mtime < began for f in files.values()),
@@ -220,6 +218,16 @@ def rollouts(job: Run) -> dict[str, Path] | None:
     job.stages.record("rollouts", key, time.monotonic() - start, reused=reused)
     job.files = files
     return files
+
+
+def free_gpu() -> None:
+    """The engine holds most of the GPU's memory, and what comes next needs it."""
+    import torch
+
+    from rotrl.evaluate.engine import close_shared_engine
+
+    if torch.cuda.is_available():
+        close_shared_engine()
 
 
 def align(job: Run) -> None:

@@ -77,16 +77,22 @@ def function(
     weights = {name: model.sha256 for name, model in {"": base, **experts}.items()}
     hashes = {name: file_sha256(Path(path)) for name, path in (rollouts or {}).items()}
     work = Work(out / "function.work.jsonl", [weights, hashes, seed, side, problems, max_tokens, list(parts)])
+    sampled = {part: _kind(part) for part in parts if not _kind(part) or part.endswith("_0")} if accuracy else {}
+    total, done = len(experts) * (len(parts) + len(sampled)), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    trials = [Trial(name, base, expert, side, seed) for name, expert in experts.items()]
+    measured = [_measure(trial, parts, samples[trial.name], work, batch, step) for trial in trials]
     found: dict[str, Gains] = {}
-    for number, (name, expert) in enumerate(experts.items()):
-
-        def moved(done: int, total: int, number: int = number) -> None:
-            if progress:
-                progress(number * total + done, len(experts) * total)
-
-        trial = Trial(name, base, expert, side, seed)
-        measured, scores = _measure(trial, parts, samples[name], work, batch, score if accuracy else None, out, moved)
-        found[name] = Gains(measured, samples=len(samples[name]), resamples=bootstrap, seed=seed, accuracy=scores)
+    for trial, values in zip(trials, measured, strict=True):  # the engine wants the memory that models took
+        scores = _score(trial, parts, values, sampled, work, cast(Score, score), out / "variant", step)
+        own = len(samples[trial.name])
+        found[trial.name] = Gains(values, samples=own, resamples=bootstrap, seed=seed, accuracy=scores)
     rows = [{"expert": name, **row} for name, gains in found.items() for row in gains.rows()]
     write_table(out / "function.csv", COLUMNS, [{key: row.get(key) for key in COLUMNS} for row in rows])
     work.path.unlink()
@@ -116,31 +122,45 @@ def _measure(
     samples: list[Rollout],
     work: Work,
     batch: int,
-    score: Score | None,
-    out: Path,
-    progress: Callable[[int, int], None],
-) -> tuple[dict[str, Part], dict[str, dict[str, float]]]:
-    """KL of every part of one expert, and with `score` its accuracy; of drawn kinds that of the first draw."""
-    sampled = {part: _kind(part) for part in parts if not _kind(part) or part.endswith("_0")} if score else {}
-    total, measured = len(parts) + len(sampled), {}
-    chosen: dict[str, Variant | None] = {}
-    for done, (part, given) in enumerate(parts.items(), 1):
-        chosen[part] = left_out(measured[given].energy, measured[given].taken) if isinstance(given, str) else given
+    step: Callable[[], None],
+) -> dict[str, Part]:
+    """Energies and KL of every part of one expert."""
+    measured: dict[str, Part] = {}
+    for part, chosen in parts.items():
         key = f"{trial.name}/{part}"
         if key not in work.rows:
-            work.add(key, [trial.measure(part, chosen[part], samples, batch)])
+            work.add(key, [trial.measure(part, _variant(chosen, measured), samples, batch)])
         measured[part] = Part(**work.rows[key][0])
-        progress(done, total)
+        step()
     trial.release()
+    return measured
+
+
+def _score(
+    trial: Trial,
+    parts: Mapping[str, Chosen],
+    measured: Mapping[str, Part],
+    sampled: Mapping[str, str],
+    work: Work,
+    score: Score,
+    folder: Path,
+    step: Callable[[], None],
+) -> dict[str, dict[str, float]]:
+    """Accuracy of the sampled parts, each a checkpoint for as long as it takes; a drawn one stands for its kind."""
     scores = {}
-    for done, (part, kind) in enumerate(sampled.items(), 1):
+    for part, kind in sampled.items():
         key = f"{trial.name}/{part}/accuracy"
         if key not in work.rows:
-            with trial.on_disk(part, chosen[part], out / "variant") as sha256:
-                work.add(key, [cast(Score, score)(trial.name, part, out / "variant", sha256)])
+            with trial.on_disk(part, _variant(parts[part], measured), folder) as sha256:
+                work.add(key, [score(trial.name, part, folder, sha256)])
         scores[kind or part] = work.rows[key][0]
-        progress(len(parts) + done, total)
-    return measured, scores
+        step()
+    trial.release()
+    return scores
+
+
+def _variant(chosen: Chosen, measured: Mapping[str, Part]) -> Variant | None:
+    return left_out(measured[chosen].energy, measured[chosen].taken) if isinstance(chosen, str) else chosen
 
 
 def _kind(part: str) -> str:

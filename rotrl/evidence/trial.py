@@ -68,7 +68,8 @@ class Trial:
         return {"energy": energy, "taken": taken, "kl": kl.tolist(), "tokens": self.divergence.tokens.tolist()}
 
     def release(self) -> None:
-        """Frees the models in memory: an engine that samples needs it."""
+        """Frees the models and bases in memory: another expert or an engine that samples needs it."""
+        self.kept = None if self.kept is None else {}
         self.divergence, self.model, self.state = None, None, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
