@@ -358,12 +358,21 @@ def evaluate(job: Run) -> None:
         )
     data = job.record.data
     data |= {key: result[key] for key in ("scores", "comparisons", "sandbox_level", "prompt_sha256")}
+    data |= anchored(data, job.cfg)
     data["warnings"] += result["alarms"]
     key = digest([models.weights, merges, job.cfg["protocol"]])
     job.stages.record("evaluate", key, result["seconds"], reused=result["generated"] == 0)
     data["stages"] = job.stages.done
     data["stages"]["evaluate"] |= {k: result[k] for k in ("generated", "reused", "tokens_per_second")}
     job.log(f"evaluate: {result['generated']} samples generated, {result['reused']} reused")
+
+
+def anchored(data: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
+    """Published bands and training windows beside the scores of a record."""
+    from rotrl.evaluate.anchors import beside
+
+    ids, merges = provenance.identities(cfg, data["models"]), data.get("merges") or {}
+    return beside(data["scores"], ids, list(merges), cfg["evaluation"]["tasks"], cfg["protocol"])
 
 
 def finish(record: Record, folder: Path, console: Console, logger: dict[str, Any] | None) -> None:

@@ -103,6 +103,9 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
     check_patterns(base, methods)
+    known = cfg["models"].get("known_as") or {}
+    if strangers := known.keys() - {"base", *experts}:
+        raise ConfigError(config.unknown_key(f"models.known_as.{min(strangers)}", ["base", *experts]))
     check_rebase(cfg, experts)
     check_grams(methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)

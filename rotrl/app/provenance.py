@@ -44,6 +44,17 @@ def models(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def identities(cfg: dict[str, Any], models: dict[str, Any]) -> dict[str, str]:
+    """What base and experts are known as: by models.known_as, by the hub id they were named by, by their folder."""
+    known, named = cfg["models"].get("known_as") or {}, cfg["models"].get("experts") or {}
+    facts = {"base": models.get("base"), **(models.get("experts") or {})}
+    found = {}
+    for name, fact in facts.items():
+        spec = cfg["models"].get("base") if name == "base" else named.get(name)
+        found[name] = known.get(name) or (spec if isinstance(spec, str) else (fact or {}).get("path", ""))
+    return {name: str(identity) for name, identity in found.items() if identity}
+
+
 def model_facts(model: Checkpoint) -> dict[str, str]:
     found = {"path": str(model.path), "sha256": model.sha256}
     if model.path.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT

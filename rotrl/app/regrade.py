@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from rotrl.app import provenance
-from rotrl.app.pipeline import bar, done_before, file_hash, finish, settle
+from rotrl.app.pipeline import anchored, bar, done_before, file_hash, finish, settle
 from rotrl.app.prepare import PRESENTATION, content_digest, load_tasks
 from rotrl.app.stage import digest, source_digest
 from rotrl.errors import ConfigError
@@ -75,6 +75,7 @@ def regrade(cfg: dict[str, Any], overrides: list[str], given: Path | None, comma
             progress=progress,
         )
     record.data |= {key: result[key] for key in ("scores", "comparisons", "sandbox_level")}
+    record.data |= anchored(record.data, cfg)
     record.data["decisions"].append(found.origin)
     record.data["warnings"] += result["alarms"]
     record.data["stages"] = {"grade": {"key": key, "seconds": round(result["seconds"], 3), "reused": False}}
@@ -110,7 +111,7 @@ def as_typed(old: Mapping[str, Any], cfg: Mapping[str, Any], overrides: list[str
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     typed = [o.key_or_group.replace("/", ".") for o in OverridesParser.create().parse_overrides(overrides)]
-    if idle := [key for key in typed if key.split(".")[0] not in GRADES]:
+    if idle := [key for key in typed if key.split(".")[0] not in GRADES and not key.startswith("models.known_as")]:
         raise ConfigError(f"regrade grades samples that exist, and {idle[0]} changes none of them; leave it out")
     shown = [key for key in PRESENTATION if key != "name"]
     found = {**old, **{key: cfg[key] for key in (*shown, "regrade")}}

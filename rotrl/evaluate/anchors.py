@@ -1,8 +1,8 @@
 """Published scores of known models, and the windows that they were trained on: what a score can be held against."""
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -69,6 +69,53 @@ def published_merges(experts: Collection[str], task: str) -> dict[str, float]:
     }
 
 
+def beside(
+    scores: Sequence[Mapping[str, Any]],
+    ids: Mapping[str, str],
+    merges: Collection[str],
+    tasks: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+) -> dict[str, list[dict[str, Any]]]:
+    """What the scores of known models stand beside: {published: bands, contaminated: training windows}, by model, task.
+
+    `ids` names base and experts by hub id or folder; a merge inherits the training of all of them. `tasks` is that of
+    the configuration, for windows and the size of a whole set. A score is placed by its sampling interval.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"published": [], "contaminated": []}
+    for row in scores:
+        model, task = str(row["model"]), str(row["task"])
+        if not str(row["metric"]).startswith("avg@") or not (model in ids or model in merges):
+            continue
+        node = tasks.get(task) or {}
+        window = (node.get("start"), node.get("end")) if "start" in node else None
+        about = {"model": model, "task": task}
+        parents = list(ids.values()) if model in merges else [ids[model]]
+        found["contaminated"] += [about | {"words": words} for words in contamination(parents, task, window)]
+        known = anchors(ids[model], task, protocol, window)[:1] if model in ids else _merge_anchor(model, ids, task)
+        for anchor in known:
+            reasons = [anchor.differs, *_too_little(row, node)]
+            anchor = replace(anchor, differs=", ".join(reason for reason in reasons if reason))
+            bounds = float(row["sampling_low"] or 0.0), float(row["sampling_high"] or 1.0)
+            place = {"low": anchor.low, "high": anchor.high, "comparable": not anchor.differs, "source": anchor.source}
+            found["published"].append(about | place | {"words": anchor.place(*bounds)})
+    return found
+
+
+def _merge_anchor(label: str, ids: Mapping[str, str], task: str) -> list[Anchor]:
+    score = published_merges([model for name, model in ids.items() if name != "base"], task).get(label)
+    unknown = "its sampling settings are not known"
+    return [] if score is None else [Anchor(label, task, score, score, "arXiv 2607.19331", unknown)]
+
+
+def _too_little(row: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[str]:
+    least = _published()["least"]
+    n, wanted = int(str(row["metric"]).partition("@")[2]), least.get(row["task"], least["default"])
+    if n < wanted:
+        yield f"n {n} where {wanted} are needed"
+    if row["problems"] < (node.get("problems") or 0):
+        yield f"{row['problems']} of {node['problems']} problems"
+
+
 def contamination(models: Collection[str], task: str, window: Window | None = None) -> list[str]:
     """One sentence for each model that was trained on problems of this task's window; for a merge give its parents."""
     start, end = window or (None, None)
@@ -98,7 +145,10 @@ def _window(entry: Mapping[str, Any]) -> Window | None:
 
 def _is(model: str, name: str) -> bool:
     """`ORG/NAME`, `ORG/NAME@COMMIT`, `DIR/NAME` and the hub's cache `models--ORG--NAME/snapshots/COMMIT`."""
-    return name.casefold() in re.split(r"[/\\@]|--", model.casefold())
+    parts = re.split(r"[/\\]", model.partition("@")[0].rstrip("/\\"))
+    cached = parts.index("snapshots") if "snapshots" in parts[1:-1] else 0
+    last = parts[cached - 1].rpartition("--")[2] if cached else parts[-1]
+    return name.casefold() == last.casefold()
 
 
 @cache

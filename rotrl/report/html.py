@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from rotrl.checkpoint.files import whole_file
 from rotrl.report import words
+from rotrl.report.notes import notes
 from rotrl.report.paint import BLUE, INK, MUTED, PAPER, RULE
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Standings, number, paired, standings
@@ -81,6 +82,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "table": table,
         "scale": _scale(table),
         "against": _against(table, record),
+        "notes": notes(record),
         "scores": record.get("scores") or [],
         "comparisons": record.get("comparisons") or [],
         "figures": _figures(run_dir),
@@ -147,7 +149,7 @@ def _scale(table: Standings) -> _Scale:
 def _against(table: Standings, record: Mapping[str, Any]) -> dict[str, Any]:
     """Paired difference of the mean over tasks: a row for each merge, a column for the base and every expert."""
     others = [row.model for row in table.rows if row.role != "merge"]
-    rows = {m.model: [paired(m.model, other, record, table.tasks) for other in others] for m in table.role("merge")}
+    rows = {m.model: [paired(m.model, other, record, table.reported) for other in others] for m in table.role("merge")}
     return {"others": others, "rows": rows if any(any(cells) for cells in rows.values()) else {}}
 
 

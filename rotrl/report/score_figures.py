@@ -91,7 +91,7 @@ def task_means(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         label.set_fontweight("bold" if row is table.best_mean else "normal")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"mean of {len(table.tasks)} tasks, %" if len(table.tasks) > 1 else _axis(table, 0))
+    axes.set_xlabel(f"mean of {len(table.reported)} tasks, %" if len(table.tasks) > 1 else _axis(table, 0))
     figure.legend(handles=_legend(table), loc="outside lower center", ncols=3)
     return figure
 
@@ -159,8 +159,11 @@ def _legend(table: Standings) -> list[Line2D]:
     entries += [("merge", "o", SKY, 7, "none")] * any(not row.rotation for row in merges)
     entries += [("merge by rotation", "o", PURPLE, 7, "none")] * any(row.rotation for row in merges)
     both = table.best_mean is table.best_minimum and len(table.tasks) > 1
-    entries += [("best by mean" + " and minimum" * both, "*", MUTED, 14, "none")] * bool(merges)
-    entries += [("best by minimum", "^", MUTED, 9, "none")] * (bool(merges) and not both and len(table.tasks) > 1)
+    best = f"chosen on {', '.join(table.select)}" if table.select else "best by mean" + " and minimum" * both
+    entries += [(best, "*", MUTED, 14, "none")] * bool(merges)
+    entries += [("best by minimum", "^", MUTED, 9, "none")] * (
+        table.best_minimum is not None and not both and len(table.tasks) > 1
+    )
     entries += [("95 % interval over problems", "", SKY, 0, "-")]
     if len(table.tasks) == 2:
         entries += [

@@ -5,7 +5,7 @@ All values are fractions; the views print percent. An interval is the 95 % one o
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 OVERALL = ("mean", "all", "average", "overall")  # a task of these names is the mean over the tasks
@@ -31,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `mean` and `minimum` are over the tasks and absent while a task is missing."""
+    """One model. `mean` and `minimum` are over the reported tasks and absent while one is missing."""
 
     model: str
     role: str  # base, expert or merge
@@ -39,6 +39,7 @@ class Row:
     sampling: dict[str, Interval] = field(default_factory=dict)
     mean: Interval | None = None
     minimum: float | None = None
+    selection: float | None = None  # mean over the tasks that select, where some do
     retention: dict[str, Interval] = field(default_factory=dict)  # per task, of the expert that is best at it
     versus: Interval | None = None  # paired difference of the mean to the best single expert's
     rotation: bool = False  # a merge that applies rotations
@@ -46,11 +47,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Standings:
-    """Rows in the order base, experts, merges by falling mean."""
+    """Rows: base, experts, merges by falling mean. `select` are the tasks by which the best merge is chosen;
+    the others report: means and differences are theirs alone."""
 
     tasks: tuple[str, ...]
     metrics: dict[str, str]  # task: "avg@8"
     rows: tuple[Row, ...]
+    select: tuple[str, ...] = ()
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        return tuple(task for task in self.tasks if task not in self.select)
 
     def role(self, role: str) -> list[Row]:
         return [row for row in self.rows if row.role == role]
@@ -60,11 +67,14 @@ class Standings:
 
     @property
     def best_mean(self) -> Row | None:
+        if self.select:
+            return _best(self.role("merge"), lambda row: row.selection)
         return _best(self.role("merge"), lambda row: row.mean.value if row.mean else None)
 
     @property
     def best_minimum(self) -> Row | None:
-        return _best(self.role("merge"), lambda row: row.minimum)
+        """None where the choice is made on tasks of its own."""
+        return None if self.select else _best(self.role("merge"), lambda row: row.minimum)
 
     @property
     def best_expert(self) -> Row | None:
@@ -73,9 +83,9 @@ class Standings:
     @property
     def ceiling(self) -> float | None:
         """The mean over tasks of the best expert on each: what one model with both skills would have."""
-        best = [self.specialist(task) for task in self.tasks]
-        values = [row.scores[task].value for row, task in zip(best, self.tasks, strict=True) if row]
-        return sum(values) / len(values) if values and len(values) == len(self.tasks) else None
+        best = [self.specialist(task) for task in self.reported]
+        values = [row.scores[task].value for row, task in zip(best, self.reported, strict=True) if row]
+        return sum(values) / len(values) if values and len(values) == len(self.reported) else None
 
     def specialist(self, task: str) -> Row | None:
         return _best(self.role("expert"), lambda row: row.scores[task].value if task in row.scores else None)
@@ -101,11 +111,15 @@ def standings(record: Mapping[str, Any]) -> Standings:
         low, high = number(score.get("sampling_low")), number(score.get("sampling_high"))
         sampling.setdefault(model, {}).setdefault(task, Interval(value, low, high))
     tasks = tuple(metrics)
-    rows = [
-        Row(model, role_of(model, record), scores, sampling[model], *_over_tasks(scores, tasks, overall.get(model)))
-        for model, scores in cells.items()
-    ]
-    return _compared(Standings(tasks, metrics, tuple(_sorted(rows, record))), record)
+    chosen = ((record.get("config") or {}).get("evaluation") or {}).get("select") or ()
+    table = Standings(tasks, metrics, (), tuple(task for task in chosen if task in tasks))
+    rows = []
+    for model, scores in cells.items():
+        mean, minimum = _over_tasks(scores, table.reported, overall.get(model))
+        selection, _ = _over_tasks(scores, table.select, None) if table.select else (None, None)
+        role, drawn = role_of(model, record), selection.value if selection else None
+        rows.append(Row(model, role, scores, sampling[model], mean, minimum, drawn))
+    return _compared(replace(table, rows=tuple(_sorted(rows, record))), record)
 
 
 def role_of(model: str, record: Mapping[str, Any]) -> str:
@@ -204,10 +218,10 @@ def _compared(table: Standings, record: Mapping[str, Any]) -> Standings:
             specialist = table.specialist(task)
             if row.role == "merge" and specialist and (found := _retention(row.model, specialist.model, task, record)):
                 kept[task] = found
-        versus = paired(row.model, best.model, record, table.tasks) if best and row.role == "merge" else None
+        versus = paired(row.model, best.model, record, table.reported) if best and row.role == "merge" else None
         rotation = row.role == "merge" and rotates(row.model, record)
-        rows.append(Row(row.model, row.role, row.scores, row.sampling, row.mean, row.minimum, kept, versus, rotation))
-    return Standings(table.tasks, table.metrics, tuple(rows))
+        rows.append(replace(row, retention=kept, versus=versus, rotation=rotation))
+    return replace(table, rows=tuple(rows))
 
 
 def _retention(merge: str, expert: str, task: str, record: Mapping[str, Any]) -> Interval | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rotrl.report.notes import Note, Notes, note_words, notes
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Row, Standings, number, standings
 from rotrl.report.sweep import as_one_record
@@ -24,7 +25,7 @@ from rotrl.report.words import (
     span,
 )
 
-ASCII = str.maketrans({"★": "*", "◆": "#", "±": "+/-", "−": "-", "–": "-"})
+ASCII = str.maketrans({"★": "*", "◆": "#", "±": "+/-", "−": "-", "–": "-", "†": "+"})
 STYLE = {"base": "dim", "expert": "cyan", "merge": ""}
 
 
@@ -49,14 +50,16 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     told = {"lineage": lineage_words(record), "geometry": geometry_words(record), "function": function_words(record)}
     _say(console, told)
     if table.rows:
-        console.print(_scores(table, console, "scores"))
+        console.print(_scores(table, console, "scores", notes(record)))
         _say(console, {"merges": merge_words(table, record)})
     else:
         if record.get("geometry"):
             console.print(_geometry(record["geometry"], console))
         if record.get("merges"):
             console.print(_merges(record["merges"], console, "merges"))
-    _say(console, {"warnings": record.get("warnings") or []}, "yellow")
+    beside = note_words(record)
+    _say(console, {key: beside[key] for key in ("cut off", "published")})
+    _say(console, {"contaminated": beside["contaminated"], "warnings": record.get("warnings") or []}, "yellow")
 
 
 def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
@@ -65,7 +68,7 @@ def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
     table = standings(joined)
     title = f"{len(records)} jobs"
     if table.rows:
-        console.print(_scores(table, console, title))
+        console.print(_scores(table, console, title, notes(joined)))
         _say(console, {"merges": merge_words(table, joined)})
     elif joined["merges"]:
         console.print(_merges(joined["merges"], console, title))
@@ -73,27 +76,33 @@ def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
 
 
 def legend(table: Standings) -> str:
-    marks = "; ★ best merge by mean, ◆ by minimum" if table.role("merge") else ""
+    best = f"★ chosen on {', '.join(table.select)}" if table.select else "★ best merge by mean, ◆ by minimum"
+    marks = f"; {best}" if table.role("merge") else ""
     kept = "; kept: of the expert's gain over the base" if any(row.retention for row in table.rows) else ""
     return f"avg@n in percent, 95 % interval over problems{kept}{marks}"
 
 
-def _scores(table: Standings, console: Console, title: str) -> Table:
-    views = [_score_table(table, console, title, *chosen) for chosen in FORMATS]
+def _scores(table: Standings, console: Console, title: str, beside: Notes) -> Table:
+    views = [_score_table(table, console, title, beside, *chosen) for chosen in FORMATS]
     unbounded = console.options.update(width=10_000)
     fitting = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
     return next(fitting, views[-1])
 
 
-def _score_table(table: Standings, console: Console, title: str, show: Callable[[Interval], str], spans: bool) -> Table:
-    several = len(table.tasks) > 1
+def _score_table(
+    table: Standings, console: Console, title: str, beside: Notes, show: Callable[[Interval], str], spans: bool
+) -> Table:
+    several = len(table.reported) > 1
     kept = any(row.retention for row in table.rows)
     against = table.best_expert if any(row.versus for row in table.rows) else None
     heads = [f"{task}\n{table.metrics[task]}" for task in table.tasks] + ["mean", "min"] * several
     heads += ["kept\n%"] * kept + [f"against\n{against.model}" if against else ""] * bool(against)
+    counted = spans and any(note.tokens is not None for note in beside.values())
+    heads += ["tokens", "cut\n%"] * counted
     view = _table(title, console, ["model"], heads)
     view.columns[0].no_wrap = True
-    view.caption = _text(legend(table), console)
+    trained = "; † trained on these problems" * any(note.contaminated for note in beside.values())
+    view.caption = _text(legend(table) + trained, console)
     previous = None
     for row in table.rows:
         if previous not in (None, row.role):
@@ -101,10 +110,14 @@ def _score_table(table: Standings, console: Console, title: str, show: Callable[
         previous = row.role
         scores = [row.scores.get(task) for task in table.tasks] + [row.mean] * several
         cells = [row.model + _mark(row, table), *(show(cell) if cell else "–" for cell in scores)]
+        for i, task in enumerate(table.tasks, start=1):
+            cells[i] += "†" * bool(beside.get((row.model, task), Note()).contaminated)
         cells += [percent(row.minimum)] * several
         cells += ["/".join(_kept(row, task) for task in table.tasks) if row.role == "merge" else ""] * kept
         difference = f"{points(row.versus)} ({points_span(row.versus)})" if spans and row.versus else points(row.versus)
         cells += [difference if row.role == "merge" else ""] * bool(against)
+        own = [beside[row.model, task] for task in table.tasks if (row.model, task) in beside]
+        cells += ["/".join(_count(n.tokens) for n in own), "/".join(percent(n.truncated) for n in own)] * counted
         marked = row is table.best_mean or row is table.best_minimum
         view.add_row(*(_text(cell, console) for cell in cells), style="bold green" if marked else STYLE[row.role])
     return view
@@ -113,6 +126,10 @@ def _score_table(table: Standings, console: Console, title: str, show: Callable[
 def _mark(row: Row, table: Standings) -> str:
     marks = "★" * (row is table.best_mean) + "◆" * (row is table.best_minimum and len(table.tasks) > 1)
     return f" {marks}" if marks else ""
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def _kept(row: Row, task: str) -> str:

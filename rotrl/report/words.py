@@ -78,8 +78,8 @@ def merge_words(table: Standings, record: Mapping[str, Any]) -> list[str]:
     best, minimum = table.best_mean, table.best_minimum
     if best is None or best.mean is None:
         return []
-    words = [f"Best by mean: {best.model}, {percent(best.mean.value)} % ({span(best.mean)})."]
-    if minimum is not None and len(table.tasks) > 1:
+    words = [f"{_how(table)}: {best.model}, {percent(best.mean.value)} % ({span(best.mean)})."]
+    if minimum is not None and len(table.reported) > 1:
         also = "also " if minimum.model == best.model else ""
         words[0] += f" Best by minimum: {also}{minimum.model}, {percent(minimum.minimum)} % on its weaker task."
     words += [sentence for sentence in (_against_expert(best, table), _against_ceiling(best, table)) if sentence]
@@ -87,11 +87,22 @@ def merge_words(table: Standings, record: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def _how(table: Standings) -> str:
+    if not table.select:
+        return "Best by mean"
+    return f"Chosen on {', '.join(table.select)} and reported on {', '.join(table.reported)}"
+
+
 def selection_words(table: Standings) -> str:
     """How many merges were tried, and what that does to the score of the best."""
     tried = len(table.role("merge"))
     if tried < 2:
         return ""
+    if table.select:
+        return (
+            f"{tried} merges were tried and chosen from by {', '.join(table.select)} alone: the reported tasks took no "
+            "part in the choice."
+        )
     return (
         f"{tried} merges were tried and the best is picked on the same problems that score it: its score is "
         "optimistic, and a choice among them needs a set of its own."
@@ -115,7 +126,7 @@ def _against_expert(best: Row, table: Standings) -> str:
 
 
 def _against_ceiling(best: Row, table: Standings) -> str:
-    if table.ceiling is None or best.mean is None or len(table.tasks) < 2:
+    if table.ceiling is None or best.mean is None or len(table.reported) < 2:
         return ""
     return (
         f"Each expert on its own task would give {percent(table.ceiling)} %: {best.model} stands at "
@@ -130,7 +141,7 @@ def _rotations(table: Standings, record: Mapping[str, Any]) -> str:
     other = next((row for row in merges if not row.rotation), None)
     if rotation is None or other is None or rotation.mean is None or other.mean is None:
         return ""
-    difference, how = paired(rotation.model, other.model, record, table.tasks), "paired by problem"
+    difference, how = paired(rotation.model, other.model, record, table.reported), "paired by problem"
     if difference is None:
         difference, how = total([rotation.mean, -other.mean]), "not paired, so wider than need be"
     sentence = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rotrl.evaluate.anchors import anchors, contamination, published_merges
+from rotrl.evaluate.anchors import anchors, beside, contamination, published_merges
 
 PROTOCOL = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768}
 BASE = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -77,3 +77,51 @@ def test_a_training_window_marks_the_scores_that_it_overlaps():
     assert contamination([CODER], "livecodebench") != []
     assert contamination([BASE], "livecodebench", V2) == []
     assert contamination([CODER], "aime24") == []
+
+
+IDS = {"base": BASE, "math": "/models/DeepScaleR-1.5B-Preview", "code": CODER}
+NODES = {"aime24": {"problems": 30}, "livecodebench": {"problems": 511, "start": V2[0], "end": V2[1]}}
+
+
+def scored(model, task, metric="avg@64", problems=30, low=0.40, high=0.42):
+    return {
+        "model": model,
+        "task": task,
+        "metric": metric,
+        "problems": problems,
+        "sampling_low": low,
+        "sampling_high": high,
+    }
+
+
+def test_scores_stand_beside_their_bands_and_windows():
+    rows = [scored("math", "aime24"), scored("base", "aime24"), scored("ties", "aime24"), scored("math", "mean")]
+    rows += [scored("math", "aime24", "pass@8"), scored("code", "livecodebench", "avg@8", 511)]
+    rows += [scored("ties", "livecodebench", "avg@8", 511), scored("base", "livecodebench", "avg@8", 511)]
+    found = beside(rows, IDS, ["ties"], NODES, PROTOCOL)
+    assert [(row["model"], row["task"], row["words"]) for row in found["published"]] == [
+        ("math", "aime24", "within the published 40 to 43"),
+        ("base", "aime24", "above the published 28.5 to 31"),
+    ]
+    assert all(row["comparable"] for row in found["published"])
+    assert [(row["model"], row["task"]) for row in found["contaminated"]] == [
+        ("code", "livecodebench"),
+        ("ties", "livecodebench"),  # of its expert
+    ]
+
+
+def test_few_samples_and_part_of_a_set_are_not_compared():
+    (row,) = beside([scored("math", "aime24", "avg@4", 12)], IDS, [], NODES, PROTOCOL)["published"]
+    assert not row["comparable"]
+    assert row["words"] == "published 40 to 43, not comparable: n 4 where 16 are needed, 12 of 30 problems"
+
+
+def test_a_published_merge_stands_beside_one_of_the_same_experts():
+    ids = {"base": BASE, "math": "hbx/JustRL-DeepSeek-1.5B", "code": "Fate-Zero/Archer2.0-Code-1.5B-Preview"}
+    (row,) = beside([scored("ties", "aime24")], ids, ["ties"], NODES, PROTOCOL)["published"]
+    assert (row["low"], row["comparable"]) == (pytest.approx(0.545), False)
+
+
+def test_a_model_below_a_folder_of_a_known_name_is_not_that_model():
+    assert anchors("/runs/DeepScaleR-1.5B-Preview/step_100", "aime24") == []
+    assert len(anchors("/models/DeepScaleR-1.5B-Preview/", "aime24")) == 1
