@@ -14,7 +14,7 @@ from rotrl.report.words import merge_words
 
 @pytest.fixture
 def noted(full):
-    """A record with a published band that is met, one that is missed, one that is not comparable, and a training window."""
+    """A record with a band that is met, one that is missed, one that is not comparable, and a training window."""
     record, folder = copy.deepcopy(full[0]), full[1]
     about = {"source": "somebody 2025", "low": 0.9, "high": 0.95}
     record["published"] = [
