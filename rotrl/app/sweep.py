@@ -42,9 +42,12 @@ def show_table() -> None:
 
     from rich.console import Console
 
+    from rotrl.report.html import render_protocols
     from rotrl.report.table import sweep_table
 
     paths = [p for p in folder.glob("*/record.json") if p.parent.name.isdigit()]
     records = [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.parent.name))]
     if records:
-        sweep_table(records, Console())
+        sweep_table(records, console := Console())
+        if page := render_protocols(records, folder):
+            console.print(f"report: {page}", highlight=False, markup=False)

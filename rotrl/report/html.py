@@ -11,9 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rotrl.checkpoint.files import whole_file
+from rotrl.evaluate.output import write_csv
 from rotrl.report import words
 from rotrl.report.notes import notes
 from rotrl.report.paint import BLUE, INK, MUTED, PAPER, RULE
+from rotrl.report.protocols import COLUMNS, protocol_rows
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Standings, number, paired, standings
 
@@ -55,6 +57,7 @@ def render(record: Mapping[str, Any], run_dir: Path) -> Path:
         "span": words.span,
         "points": words.points,
         "points_span": words.points_span,
+        "signed_points": lambda value: words.signed(100 * value),
         "digits": _digits,
         "short": lambda text: str(text or "")[:12],
     }
@@ -63,6 +66,19 @@ def render(record: Mapping[str, Any], run_dir: Path) -> Path:
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def render_protocols(records: list[dict[str, Any]], folder: Path) -> Path | None:
+    """Writes folder/protocols.csv and folder/report.html of a multirun over protocols; None where all share one."""
+    rows = protocol_rows(redact(records))
+    if not rows:
+        return None
+    write_csv(folder / "protocols.csv", COLUMNS, rows)
+    models = (records[0].get("models") or {}) | {"controls": {}}
+    kept = {key: records[0].get(key) for key in ("name", "rotrl", "versions", "device", "created")}
+    joined = kept | {"status": "done", "finished": records[-1].get("finished"), "models": models, "protocols": rows}
+    joined["warnings"] = list(dict.fromkeys(text for record in records for text in record.get("warnings") or []))
+    return render(joined | {"config": {str(i): record.get("config") for i, record in enumerate(records)}}, folder)
 
 
 def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -83,6 +99,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "scale": _scale(table),
         "against": _against(table, record),
         "notes": notes(record),
+        "protocols": record.get("protocols") or [],
         "scores": record.get("scores") or [],
         "comparisons": record.get("comparisons") or [],
         "figures": _figures(run_dir),

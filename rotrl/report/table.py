@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rotrl.report.notes import Note, Notes, note_words, notes
+from rotrl.report.protocols import protocol_rows
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Row, Standings, number, standings
 from rotrl.report.sweep import as_one_record
@@ -64,15 +65,40 @@ def show(record: Mapping[str, Any], console: Console) -> None:
 
 def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
     """One table over all jobs of a multirun, best merge first; merges are named by label and what was swept."""
-    joined, failures = as_one_record(redact(records))
+    records = redact(records)
+    joined, failures = as_one_record(records)
     table = standings(joined)
     title = f"{len(records)} jobs"
-    if table.rows:
+    if compared := protocol_rows(records):
+        console.print(_protocols(compared, console))
+    elif table.rows:
         console.print(_scores(table, console, title, notes(joined)))
         _say(console, {"merges": merge_words(table, joined)})
     elif joined["merges"]:
         console.print(_merges(joined["merges"], console, title))
     _say(console, {"failed": failures}, "red")
+
+
+def _protocols(rows: list[dict[str, Any]], console: Console) -> Table:
+    """A line for each model, task and protocol, those of a task beneath each other."""
+    first = rows[0]["protocol"]
+    view = _table("protocols", console, ["model", "task", "protocol"], ["n", "score, %", f"against {first}", "cut %"])
+    view.add_column("published", overflow="fold")
+    previous = None
+    for row in rows:
+        if previous not in (None, (row["model"], row["task"])):
+            view.add_section()
+        previous = (row["model"], row["task"])
+        score = plus_minus(Interval(row["value"], row["sampling_low"], row["sampling_high"]))
+        change, against = row["difference"], ""
+        if change is not None:
+            interval = Interval(change, row["difference_low"], row["difference_high"])
+            against = f"{points(interval)} {f'({points_span(interval)})' if interval.known else ''}"
+        cut = percent(row["truncated"] / row["samples"]) if row["samples"] and row["truncated"] is not None else "–"
+        cells = [row["model"], row["task"], row["protocol"], row["metric"].partition("@")[2], score, against, cut]
+        view.add_row(*(_text(cell, console) for cell in [*cells, row["published"] or ""]))
+    view.caption = _text("± and differences: 95 % of sampling, on these problems", console)
+    return view
 
 
 def legend(table: Standings) -> str:
