@@ -1,20 +1,17 @@
 """Grades a completion by running its program in a sandbox and comparing its answers here, outside of it."""
 
-import json
-import math
 import re
-from decimal import Decimal
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rotrl.evaluate.sandbox import Limits, Outcome, Sandbox
-from rotrl.evaluate.task import Problem
-from rotrl.evaluate.verdict import Verdict
+from rotrl.evaluate.compare import ORACLES, same_python, same_text, same_value
+from rotrl.evaluate.published import livecodebench_text, livecodebench_value
+from rotrl.evaluate.sandbox import Limits, Outcome, Sandbox, decode, encode
+from rotrl.evaluate.task import Problem, Test
+from rotrl.evaluate.verdict import UNGRADABLE, Verdict
 
 _FENCE = re.compile(r"^[ \t]*```+[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = {"python", "python3", "py"}
-# no leading zeros: "0101" and "101" are different texts, not one number
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]{0,300})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
-_TOLERANCE = 1e-6
 
 
 def extract_code(completion: str) -> str | None:
@@ -29,80 +26,102 @@ def extract_code(completion: str) -> str | None:
     return code if code.strip() else None
 
 
-def grade_code(problem: Problem, completion: str, sandbox: Sandbox, limits: Limits = Limits()) -> Verdict:  # noqa: B008
+def grade_code(
+    problem: Problem,
+    completion: str,
+    sandbox: Sandbox,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    published: bool = False,
+) -> Verdict:
     """Accepted where every test passes; the verdict of the first test that does not, else.
 
     With an entry point the program must define it (a function, or a method of `class Solution`), or be one expression
     that is bound to it (`lambda x: ...`). Without one it reads standard input and its standard output is compared.
+    `published` asks for LiveCodeBench's own verdict too; EvalPlus' is the strict one.
     """
     grader = f"code:{sandbox.level}"
+    published = published and problem.tolerance is None
     program = extract_code(completion)
     if program is None:
-        return Verdict.of("no code", grader)
+        return Verdict.of("no code", grader, published=False if published else None)
     if not problem.tests:
         return Verdict.of("grader error", grader, f"problem {problem.id} has no tests")
-    same = same_value if problem.entry_point is not None else same_text
+    run = Run(problem, published)
+    sandbox.run(program, problem.tests, problem.entry_point, limits, run.goes_on, python=problem.tolerance is not None)
+    return run.verdict(grader)
 
-    def passes(index: int, outcome: Outcome) -> bool:
-        return outcome.status == "ok" and same(problem.tests[index].output, outcome.value)
 
-    outcomes = sandbox.run(program, problem.tests, problem.entry_point, limits, accept=passes)
-    last, count = outcomes[-1], len(outcomes)
-    if count == len(problem.tests) and passes(count - 1, last):
-        return Verdict.of("accepted", grader)
-    where = f"test {count} of {len(problem.tests)}: "
-    if last.status == "ok":
-        return Verdict.of(
-            "wrong answer",
-            grader,
-            where + f"expected {_short(problem.tests[count - 1].output)}, got {_short(last.value)}",
+@dataclass
+class Run:
+    """What came of a program's tests: the first outcome that is not right, and LiveCodeBench's verdict if asked for."""
+
+    problem: Problem
+    published: bool
+    fault: Outcome | None = None
+    number: int = 0
+    lenient: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.lenient = True if self.published else None
+
+    def goes_on(self, index: int, outcome: Outcome) -> bool:
+        """Whether the next test still matters to a verdict."""
+        test = self.problem.tests[index]
+        if self.fault is None and not (outcome.status == "ok" and self._right(test, outcome.value)):
+            self.fault, self.number = outcome, index + 1
+        if self.lenient:
+            self.lenient = self._tolerated(test, outcome)
+        return self.fault is None or bool(self.lenient)
+
+    def verdict(self, grader: str) -> Verdict:
+        if self.fault is None:
+            return Verdict.of("accepted", grader, published=self.lenient)
+        status, detail = self.fault.status, self.fault.detail
+        if status == "ok":
+            expected = self.problem.tests[self.number - 1].output
+            if self.problem.tolerance is not None:
+                expected = decode(expected)
+            status, detail = "wrong answer", f"expected {_short(expected)}, got {_short(self.fault.value)}"
+        where = f"test {self.number} of {len(self.problem.tests)}: "
+        return Verdict.of(status, grader, where + detail, published=self.lenient)
+
+    def _right(self, test: Test, value: Any) -> bool:
+        problem = self.problem
+        if problem.entry_point is None:
+            return same_text(test.output, value)
+        if problem.tolerance is None:
+            return same_value(test.output, value)
+        arguments = decode(test.input) if problem.entry_point in ORACLES else []
+        expected = decode(test.output)
+        return same_python(problem.entry_point, arguments, expected, value, problem.tolerance)
+
+    def _tolerated(self, test: Test, outcome: Outcome) -> bool | None:
+        if outcome.status in UNGRADABLE:
+            return None
+        if self.problem.entry_point is None:  # it also takes what a program wrote before it exited with a code
+            return outcome.value is not None and livecodebench_text(test.output, outcome.value)
+        return outcome.status == "ok" and livecodebench_value(test.output, outcome.value)
+
+
+def answered(problem: Problem, sandbox: Sandbox, limits: Limits) -> Problem:
+    """The problem with the outputs that its reference program gives, for tests that come without.
+
+    Raises ValueError with the reason where the reference fails.
+    """
+    outcomes = sandbox.run(problem.reference or "", problem.tests, problem.entry_point, limits, python=True)
+    if outcomes[-1].status != "ok":
+        raise ValueError(
+            f"the reference of {problem.id} fails on test {len(outcomes)}: {outcomes[-1].status} {outcomes[-1].detail}"
         )
-    return Verdict.of(last.status, grader, where + last.detail)
-
-
-def same_value(expected: Any, value: Any) -> bool:
-    """Equality of JSON values: numbers by value (15.0 is 15), a truth value is no number, order counts in lists.
-
-    Where the expected number is a float, 1e-6 relative or absolute is allowed; an expected integer is met exactly.
-    """
-    if isinstance(expected, bool) or isinstance(value, bool) or expected is None or value is None:
-        return type(expected) is type(value) and expected == value
-    if isinstance(expected, int | float) and isinstance(value, int | float):
-        return expected == value or (isinstance(expected, float) and _close(expected, value))
-    if isinstance(expected, list | tuple) and isinstance(value, list):
-        return len(expected) == len(value) and all(map(same_value, expected, value))
-    if isinstance(expected, dict) and isinstance(value, dict):
-        return expected.keys() == value.keys() and all(same_value(expected[key], value[key]) for key in expected)
-    return isinstance(expected, str) and isinstance(value, str) and expected == value
-
-
-def same_text(expected: str, value: str) -> bool:
-    """Equality of output line by line and token by token; white space around lines and text is ignored.
-
-    Tokens that differ as text are equal as numbers by the rule of `same_value`.
-    """
-    lines, other = ([line.split() for line in text.strip().split("\n")] for text in (expected, value))
-    return len(lines) == len(other) and all(
-        len(line) == len(given) and all(map(_same_token, line, given)) for line, given in zip(lines, other, strict=True)
+    tests = tuple(
+        Test(test.input, encode(outcome.value)) for test, outcome in zip(problem.tests, outcomes, strict=True)
     )
-
-
-def _same_token(expected: str, value: str) -> bool:
-    if expected == value:
-        return True
-    if not (_NUMBER.fullmatch(expected) and _NUMBER.fullmatch(value)):
-        return False
-    number, given = Decimal(expected), Decimal(value)
-    return number == given or ("." in expected and _close(float(number), float(given)))
-
-
-def _close(expected: float, value: float) -> bool:
-    try:
-        return math.isclose(expected, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    except OverflowError:  # an integer beyond every float
-        return False
+    return replace(problem, tests=tests, reference=None)
 
 
 def _short(value: Any) -> str:
-    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value.strip() if isinstance(value, str) else repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 60 else f"{text[:57]}..."

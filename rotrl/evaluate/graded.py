@@ -33,6 +33,7 @@ def graded_row(wanted: Wanted, row: Row, verdict: Verdict, *, run_seed: int, wei
         "tokens": row["tokens"],
         "verdict": verdict.verdict,
         "grader": verdict.grader,
+        "published": verdict.published,
         "model_sha256": weights,
     }
 
@@ -41,12 +42,14 @@ def graded_row(wanted: Wanted, row: Row, verdict: Verdict, *, run_seed: int, wei
 class Tally:
     """The samples of a model on a task, counted one by one so that none has to be kept.
 
-    `correct` (problems, n) is 1 where accepted, 0 where not, NaN where nobody could tell; `votes`, for math alone, are
-    those of `maj_at_k`. `truncated` samples ended at max_tokens (of the `ended` whose end is known), `unfinished` ones
-    never closed their <think>; `tokens` is the sum over the `counted` samples whose length is known.
+    `correct` (problems, n) is 1 where accepted, 0 where not, NaN where nobody could tell; `published` is the same by
+    the protocol's own grader; `votes`, for math alone, are those of `maj_at_k`. `truncated` samples ended at max_tokens
+    (of the `ended` whose end is known), `unfinished` ones never closed their <think>; `tokens` is the sum over the
+    `counted` samples whose length is known.
     """
 
     correct: Array
+    published: Array
     votes: NDArray[np.integer] | None
     samples: int = 0
     ended: int = 0
@@ -62,7 +65,7 @@ class Tally:
     def of(cls, task: Task, n: int) -> "Tally":
         shape = (len(task.problems), n)
         votes = np.full(shape, UNKNOWN, dtype=np.int32) if task.grader == "math" else None
-        return cls(np.full(shape, np.nan), votes)
+        return cls(np.full(shape, np.nan), np.full(shape, np.nan), votes)
 
     def add(self, place: int, row: Mapping[str, Any], *, thinks: bool) -> None:
         """Count a graded row of the problem at `place`; `thinks`: its prompt opens <think>."""
@@ -74,6 +77,8 @@ class Tally:
         if row["tokens"] is not None:
             self.counted += 1
             self.tokens += row["tokens"]
+        if row.get("published") is not None:
+            self.published[place, index] = row["published"]
         if verdict == ENGINE_ERROR.verdict:
             self.dead.add(row["problem_id"])
         elif verdict in UNGRADABLE:

@@ -1,19 +1,11 @@
 r"""Grades a completion by the value in its last \boxed{}: integers first, then the text, then math-verify.
 
-math-verify (sympy) can hang or crash on what a model writes, so it runs in spawned processes that can be killed, and
-its failures are verdicts of their own, never "wrong answer". Answers that are integers never start it.
+math-verify (sympy) can hang or crash on what a model writes, so `verify` runs in the processes of `MathPool`, and its
+failures are verdicts of their own, never "wrong answer". Answers that are integers never start it.
 """
 
-import logging
-import math
-import multiprocessing
-import os
-import queue
 import re
-import resource
-import signal
-import threading
-from multiprocessing.connection import Connection
+from functools import cache
 
 from rotrl.evaluate.verdict import Verdict
 
@@ -21,19 +13,6 @@ _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([+-]?)([0-9]+)", re.ASCII)
 _GROUPED = re.compile(r"[+-]?[0-9]{1,3}((,|\{,\}|,\\!)[0-9]{3})+", re.ASCII)
 _LONGEST = 2000  # characters; no answer of a data set has 300
-_START_SECONDS = 120.0
-
-
-def grade_math(completion: str, answer: str, pool: "MathPool | None" = None) -> Verdict:
-    """Grade by the last closed box; without a pool an answer that needs math-verify starts one for itself alone."""
-    verdict = grade_plain(completion, answer)
-    if verdict is not None:
-        return verdict
-    given = last_boxed(completion) or ""
-    if pool is not None:
-        return pool.grade(given, answer)
-    with MathPool(workers=1) as single:
-        return single.grade(given, answer)
 
 
 def grade_plain(completion: str, answer: str) -> Verdict | None:
@@ -83,128 +62,32 @@ def _text(text: str) -> str:
     return "".join(text.strip().strip("$").split())
 
 
-class MathPool:
-    """math-verify in `workers` spawned processes, each started when it is first needed; grade() from any thread.
+def verify(given: str, answer: str) -> tuple[str, str]:
+    """math-verify on the content of a box: a verdict's word and detail. It can hang and crash: only for `MathPool`."""
+    from math_verify import verify as same
 
-    An answer that takes longer than `timeout_seconds` of wall time is a "grader timeout", one that ends its process or
-    its `memory_mb` a "grader error"; both cost that process only.
-    """
-
-    def __init__(self, workers: int | None = None, timeout_seconds: float = 10.0, memory_mb: int = 4096) -> None:
-        self.workers = workers or min(len(os.sched_getaffinity(0)), 8)
-        self._timeout = timeout_seconds
-        self._memory = memory_mb << 20
-        self._slots: queue.Queue[_Worker | None] = queue.Queue()
-        for _ in range(self.workers):
-            self._slots.put(None)
-        self._alive: set[_Worker] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def __enter__(self) -> "MathPool":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for worker in self._alive:
-                worker.kill()
-            self._alive.clear()
-
-    def grade(self, given: str, answer: str) -> Verdict:
-        """The verdict on the content of a box."""
-        worker = self._slots.get()
-        try:
-            worker = worker or self._start()
-            word, detail = worker.ask(given, answer, self._timeout)
-        except TimeoutError:
-            word, detail = "grader timeout", f"no result in {self._timeout:g} s on {given[:60]!r}"
-        except (EOFError, OSError):
-            word, detail = "grader error", f"math-verify's process ended on {given[:60]!r}"
-        finally:
-            if worker is not None and not worker.healthy:
-                worker.kill()
-                with self._lock:
-                    self._alive.discard(worker)
-                worker = None
-            self._slots.put(worker)
-        return Verdict.of(word, "math:verify", detail)
-
-    def _start(self) -> "_Worker":
-        with self._lock:
-            if self._closed:
-                raise EOFError
-            worker = _Worker(self._memory, self._timeout)
-            self._alive.add(worker)
-        return worker
-
-
-class _Worker:
-    def __init__(self, memory: int, timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, memory, timeout), daemon=True)
-        self._process.start()
-        other.close()
-        self._started = False
-        self.healthy = True
-
-    def ask(self, given: str, answer: str, seconds: float) -> tuple:
-        self.healthy = False  # until the whole exchange went well
-        if not self._started:  # imports take seconds that are not the answer's
-            self._receive(_START_SECONDS)
-            self._started = True
-        self._connection.send((given, answer))
-        word, detail = self._receive(seconds)
-        self.healthy = word != "grader error"
-        return word, detail
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self, seconds: float):
-        if not self._connection.poll(seconds):
-            raise TimeoutError
-        return self._connection.recv()
-
-
-def _serve(connection: Connection, memory: int, timeout: float) -> None:
-    os.environ.clear()  # it reads what a model wrote; it needs no key of ours
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import math_verify  # noqa: F401
-
-    logging.disable()
-    connection.send("ready")
-    while True:
-        try:
-            given, answer = connection.recv()
-        except EOFError:
-            return
-        signal.alarm(math.ceil(timeout) + 5)  # ends a hang in C code even when nobody is left to kill it
-        result = _verify(given, answer)
-        signal.alarm(0)
-        connection.send(result)
-
-
-def _verify(given: str, answer: str) -> tuple[str, str]:
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # no plain-text extraction: it would take the last number of any text for the answer
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
     try:
-        expected = parse(rf"\boxed{{{answer.strip().strip('$')}}}", config, parsing_timeout=None)  # type: ignore[arg-type]
+        expected = _reference(answer)
         if not expected:
             return "grader error", f"the reference answer {answer[:60]!r} can't be read"
-        found = parse(rf"\boxed{{{given}}}", config, parsing_timeout=None)  # type: ignore[arg-type]
-        equal = verify(expected, found, timeout_seconds=None)
+        equal = same(expected, parse(given), timeout_seconds=None)
     except MemoryError:
         return "grader error", f"out of memory on {given[:60]!r}"
     if equal:
         return "accepted", ""
     return "wrong answer", f"expected {answer[:60]}, got {given[:60]}"
+
+
+def parse(given: str) -> list:
+    """What math-verify reads in a box."""
+    from math_verify import LatexExtractionConfig
+    from math_verify import parse as read
+
+    # no plain-text extraction: it would take the last number of any text for the answer
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    return read(rf"\boxed{{{given}}}", config, parsing_timeout=None)  # type: ignore[arg-type]
+
+
+@cache
+def _reference(answer: str) -> list:
+    return parse(answer.strip().strip("$"))

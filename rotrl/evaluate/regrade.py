@@ -45,8 +45,9 @@ def regrade(
     counted: dict[str, dict[str, Tally]] = {}
     said: list[str] = []
     tick = _ticker(progress, total)
-    with Grader(tasks, sandbox=dict(sandbox)) as grader:
-        verdicts = Verdicts(grader, Path(cache) / "verdicts", dict(sandbox))
+    published = protocol.get("grader")
+    with Grader(tasks, sandbox=dict(sandbox), published=published) as grader:
+        verdicts = Verdicts(grader, Path(cache) / "verdicts", {**sandbox, "published": published})
         for model, rows in samples.items():
             tallies = {task.name: Tally.of(task, len(columns[model].get(task.name, ()))) for task in tasks}
             file = Path(out) / "samples" / f"{model.replace('/', '_')}.jsonl"
@@ -120,6 +121,7 @@ def _graded(
             **{key: row.get(key) for key in ("completion", "finish_reason", "tokens")},
             "verdict": verdict.verdict,
             "grader": verdict.grader,
+            "published": verdict.published,
             "model_sha256": row.get("model_sha256"),
         }
         place = places[row["task"], row["problem_id"]]

@@ -13,6 +13,7 @@ from rotrl.evaluate.grade import Grader
 from rotrl.evaluate.graded import ENGINE_ERROR, Tally, alarms, graded_row
 from rotrl.evaluate.output import write_jsonl
 from rotrl.evaluate.prompts import Prompts, check_models, combined_sha256, engine_length, needed_length, render
+from rotrl.evaluate.published import rule
 from rotrl.evaluate.samples import Sampler, Wanted
 from rotrl.evaluate.sampling import Sampling, samples_per_problem
 from rotrl.evaluate.scores import MARGIN, score
@@ -83,8 +84,10 @@ def evaluate(
     start, models = time.monotonic(), {name: Path(path) for name, path in models.items()}
     job = _prepare(models, tasks, protocol, engine, roles, Path(cache), Path(out), seed)
     behind: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as finishing, Grader(tasks, sandbox=dict(sandbox)) as grader:
-        verdicts = Verdicts(grader, Path(cache) / "verdicts", dict(sandbox))
+    published = protocol.get("grader")
+    grading = Grader(tasks, sandbox=dict(sandbox), published=published)
+    with ThreadPoolExecutor(1) as finishing, grading as grader:
+        verdicts = Verdicts(grader, Path(cache) / "verdicts", {**sandbox, "published": published})
         for number, (name, folder) in enumerate(models.items()):
             asked = Asked(name, weights[name])
             _ask(job, folder, asked, verdicts, _part(progress, number, len(models)))
@@ -137,6 +140,8 @@ def _prepare(
 ) -> Evaluation:
     """Everything that can be refused without an engine."""
     sampling = Sampling.of(protocol)
+    if protocol.get("grader") is not None:
+        rule(protocol["grader"])
     n, ks = {task.name: samples_per_problem(protocol, task.name) for task in tasks}, list(protocol.get("ks") or [])
     if impossible := [k for k in ks if not 1 <= k <= max(n.values())]:
         told = f"pass@{impossible[0]} can't be estimated from n={max(n.values())} samples"

@@ -39,6 +39,8 @@ SCORES = (
     "truncated",
     "unfinished",
     "tokens",
+    "score_published",
+    "disagreement",
 )
 COMPARISONS = (
     "a",
@@ -71,6 +73,8 @@ def score_rows(
 
     A k above the n of a task is left out there. Problems with fewer than k graded samples are left out of pass@k and
     maj@k. `tokens` is the mean over samples; counts that nobody knows are None. maj@k has no sampling interval.
+    `score_published` is the same metric by the protocol's own grader, `disagreement` the share of samples on which it
+    differs from the strict one; None where there is none.
     """
     rows = []
     for task, tally in tallies.items():
@@ -138,7 +142,27 @@ def _row(
         "truncated": sum(t.truncated for t in tallies) if any(t.ended for t in tallies) else None,
         "unfinished": sum(t.unfinished for t in tallies),
         "tokens": round(sum(t.tokens for t in tallies) / counted, 1) if counted else None,
+        "score_published": cell(float(np.mean([_published(t.published, about["metric"]) for t in tallies]))),
+        "disagreement": cell(_disagreement(tallies)),
     }
+
+
+def _published(verdicts: Array, metric: str) -> float:
+    """avg@n or pass@k of the protocol's own verdicts; NaN for maj@k, and where there are none."""
+    name, _, k = metric.partition("@")
+    graded = counts(verdicts)[0]
+    if name == "maj" or graded.max() < (1 if name == "avg" else int(k)):
+        return np.nan
+    if name == "avg":
+        return float(np.nanmean(avg_at_n(verdicts)))
+    return float(np.nanmean(pass_at_k(np.where(graded[:, None] >= int(k), verdicts, np.nan), int(k))))
+
+
+def _disagreement(tallies: Sequence[Tally]) -> float:
+    both = [~np.isnan(tally.correct) & ~np.isnan(tally.published) for tally in tallies]
+    samples = sum(int(mask.sum()) for mask in both)
+    different = sum(int((t.correct != t.published)[mask].sum()) for t, mask in zip(tallies, both, strict=True))
+    return different / samples if samples else np.nan
 
 
 def comparison_rows(

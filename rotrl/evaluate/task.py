@@ -22,13 +22,19 @@ class Test:
 
 @dataclass(frozen=True)
 class Problem:
-    """`prompt` is the user's message, before any chat template. `answer` is for math, `tests` for code."""
+    """`prompt` is the user's message, before any chat template. `answer` is for math, `tests` for code.
+
+    With a `tolerance` the tests hold Python values as `sandbox.encode` writes them, compared by EvalPlus' rules; a
+    `reference` program then gives the outputs of tests that come without.
+    """
 
     id: str
     prompt: str
     answer: str | None = None
     tests: tuple[Test, ...] = ()
     entry_point: str | None = None
+    tolerance: float | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from rotrl.evaluate.store import Store
 from rotrl.evaluate.task import Problem, Task
 from rotrl.evaluate.verdict import Verdict
 
-GRADERS = ("verdict.py", "grade.py", "math.py", "code.py", "sandbox")
+GRADERS = (
+    "verdict.py",
+    "grade.py",
+    "math.py",
+    "math_pool.py",
+    "published.py",
+    "code.py",
+    "compare.py",
+    "sandbox",
+)
 
 
 class Verdicts:

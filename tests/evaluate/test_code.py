@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotrl.evaluate.code import extract_code, grade_code, same_text, same_value
+from rotrl.evaluate.code import extract_code, grade_code
+from rotrl.evaluate.compare import same_text, same_value
 from rotrl.evaluate.sandbox import Limits, Sandbox, ladder
 from rotrl.evaluate.task import Problem, Test
 
@@ -79,6 +80,58 @@ def test_golden_programs(sandbox, word, completion):
 )
 def test_standard_output(sandbox, program, word):
     assert grade_code(TRIPLE, program, sandbox, SHORT).verdict == word
+
+
+# Correct programs of shapes that published graders reject; one reads two numbers and prints their sum, or is `add`.
+STDIN_SHAPES = {
+    "class Solution": "class Solution:\n    def run(self):\n"
+    "        print(sum(map(int, input().split())))\nSolution().run()",
+    "helper first": "def helper(a):\n    return sum(a)\nprint(helper(map(int, input().split())))",
+    "sys.exit()": "import sys\nprint(sum(map(int, input().split())))\nsys.exit()",
+    "exit()": "print(sum(map(int, input().split())))\nexit()",
+    "sys.stdin.buffer": "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "15.0 for 15": "print(float(sum(map(int, input().split()))))",
+    "trailing spaces": "print(sum(map(int, input().split())), '  ')",
+    "__main__": "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
+    "global": "total = 0\ndef go():\n    global total\n    total += sum(map(int, input().split()))\ngo()\nprint(total)",
+    "thread": "import threading\ndef f():\n    print(sum(map(int, input().split())))\n"
+    "t = threading.Thread(target=f)\nt.start()\nt.join()",
+    "no imports": "print(reduce(add, map(int, stdin.readline().split())))",
+    "os.write": "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
+    "recursion": "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\n"
+    "assert f(20000)\nprint(sum(map(int, input().split())))",
+}
+FUNCTION_SHAPES = {
+    "class Solution": "class Solution:\n    def add(self, a: List[int]) -> int:\n        return sum(a)",
+    "helper before Solution": "def helper(a):\n    return sum(a)\n"
+    "class Solution:\n    def add(self, a): return helper(a)",
+    "two classes": "class Node:\n    pass\nclass Solution:\n    def add(self, a): return self.go(a)\n"
+    "    def go(self, a): return sum(a)",
+    "function": "def add(a):\n    return sum(a)",
+    "15.0 for 15": "def add(a):\n    return float(sum(a))",
+    "prints too": "def add(a):\n    print(a)\n    return sum(a)",
+    "no imports": "@cache\ndef go(n): return n\n"
+    "def add(a: Optional[List[int]]):\n    return go(reduce(lambda x, y: x + y, a))",
+    "star imports": "from typing import *\nfrom collections import *\ndef add(a: List):\n    return sum(deque(a))",
+    "name of the prelude": "class Solution:\n    def add(self, a):\n        count = sum(a)\n        return count",
+}
+SUM = Problem("sum", "?", tests=(Test("7 8\n", "15\n"), Test("1 2\n", "3\n")))
+ADD = Problem("add", "?", tests=(Test([[7, 8]], 15), Test([[1, 2]], 3)), entry_point="add")
+
+
+@pytest.mark.parametrize(
+    ("problem", "program"),
+    [(SUM, p) for p in STDIN_SHAPES.values()] + [(ADD, p) for p in FUNCTION_SHAPES.values()],
+    ids=[*STDIN_SHAPES, *(f"function: {name}" for name in FUNCTION_SHAPES)],
+)
+def test_correct_programs_are_accepted_in_every_shape(sandbox, problem, program):
+    verdict = grade_code(problem, f"So:\n```python\n{program}\n```", sandbox)
+    assert verdict.verdict == "accepted", verdict
+
+
+def test_a_name_of_the_prelude_is_no_answer(sandbox):
+    """`operator.add` is there for programs, not in place of one."""
+    assert grade_code(ADD, "x = 1", sandbox).verdict == "runtime error"
 
 
 CHEATS = {

@@ -54,6 +54,7 @@ def test_a_zero_padded_answer_stays_a_text_and_the_prompt_asks_for_a_box(tmp_pat
         (math.math500, {"problem": "p", "solution": "s", "answer": "\\frac{1}{2}", "unique_id": "test/a/1.json"}, None),
         (math.amc23, {"id": 0, "question": "p", "answer": 27.0, "url": "u"}, "0"),
         (math.deepscaler, {"problem": "p", "answer": "x", "solution": "s"}, "0"),
+        (math.minerva, {"question": "p", "answer": "4.5e33"}, "0"),
     ],
 )
 def test_each_set_is_read_in_its_own_schema(tmp_path, load, row, identity):
@@ -154,6 +155,48 @@ def test_a_template_is_filled_once_and_must_hold_its_names():
     assert fill("a {x} \\boxed{} {y}", "k", x="{y}", y="2") == "a {y} \\boxed{} 2"
     with pytest.raises(EvaluationError, match=r"k\.prompt: \{y\} is missing"):
         fill("{x}", "k", x="1", y="2")
+
+
+def olympiad_row(identity: int, answers: list, **other: object) -> dict:
+    row = {"id": identity, "question": "p", "solution": ["s"], "final_answer": answers, "context": None}
+    image = {f"image_{i}": None for i in range(1, 6)}
+    kinds = {"modality": "Text-only", "difficulty": "Competition", "is_multiple_answer": False, "unit": None}
+    kinds |= {"answer_type": "Numerical", "error": None, "question_type": "Open-ended", "subfield": "Algebra"}
+    return {**row, **image, **kinds, "subject": "Math", "language": "English", **other}
+
+
+OLYMPIAD = [
+    olympiad_row(1606, [r"$\frac{1}{2}$"]),
+    olympiad_row(1610, ["2"], context="Let $n$ be even."),
+    olympiad_row(1612, ["$1,2$"], is_multiple_answer=True),
+    olympiad_row(1613, ["$(1,2)$", "$(3,4)$"], is_multiple_answer=True),
+    olympiad_row(1614, [r"\$ 5.50."]),
+]
+
+
+def test_olympiads_answers_lose_their_dollars_and_stand_in_one_box(tmp_path):
+    first, second, third, fourth, fifth = math.olympiad(path=lines(tmp_path / "o.jsonl", OLYMPIAD), problems=5).problems
+    assert [p.answer for p in (first, second, third, fourth, fifth)] == [
+        r"\frac{1}{2}",
+        "2",
+        "1,2",
+        "(1,2), (3,4)",
+        r"\$ 5.50",
+    ]
+    assert first.id == "1606"
+    assert second.prompt.startswith("Let $n$ be even.\n\np\n")
+    assert "several answers" in third.prompt
+    assert "several answers" not in first.prompt
+    task = math.olympiad(path=tmp_path / "o.jsonl", problems=5)
+    with Grader([task], math={"workers": 1}) as grader:
+        for box, problem, right in [("0.5", 0, True), ("2, 1", 2, True), ("1", 2, False), ("(3,4),(1,2)", 3, True)]:
+            assert grader.submit(task, task.problems[problem], rf"\boxed{{{box}}}").result().correct is right, box
+
+
+@pytest.mark.parametrize("answers", [[], "1", [1], None, [" "]])
+def test_an_olympiad_row_without_answers_is_named(tmp_path, answers):
+    with pytest.raises(EvaluationError, match=r"o\.jsonl, row 1.*final_answer"):
+        math.olympiad(path=lines(tmp_path / "o.jsonl", [olympiad_row(1, answers)]), problems=1)
 
 
 # Hidden tests of LiveCodeBench

@@ -13,14 +13,15 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
 from rotrl import config
+from rotrl.evaluate import published
 from rotrl.evaluate.sampling import Sampling, samples_per_problem
 
 CONF = Path(config.config_dir())
 TASKS = {
-    "math": ["aime24", "aime25", "math500", "amc23"],
-    "code": ["livecodebench"],
-    "full": ["aime24", "aime25", "math500", "amc23", "livecodebench"],
+    "math": ["aime24", "aime25", "math500", "amc23", "minerva", "olympiad"],
+    "code": ["livecodebench", "humaneval", "mbpp"],
 }
+TASKS["full"] = TASKS["math"] + TASKS["code"]
 PUBLISHED = ["archer", "deepcoder", "deepscaler", "open_r1", "prorl", "sober_look", "transferability"]
 
 
@@ -64,9 +65,24 @@ def test_a_protocol_fixes_its_sampling_and_has_an_n_for_every_task(protocol):
     assert Sampling.of(settings).max_tokens == 32768
     ns = [samples_per_problem(settings, name) for name in tasks]
     assert max(settings["ks"]) <= max(ns)
+    assert settings["grader"] is None or published.rule(settings["grader"])
     for name, node in tasks.items():
-        kind = "code" if name == "livecodebench" else "math"
+        kind = "code" if name in TASKS["code"] else "math"
         assert node["prompt"] == (settings.get("prompts") or {}).get(kind)
+
+
+@pytest.mark.parametrize("protocol", ["default", *PUBLISHED])
+def test_every_value_of_a_protocol_can_be_set(protocol):
+    changes = ["n.math500=2", "ks=[1]", "temperature=1", "top_p=0.5", "max_tokens=10", "grader=archer", "top_k=20"]
+    changes += ["prompts.math='{problem} Box it.'"]
+    found = whole("evaluation=full", f"protocol={protocol}", "seed=7", *(f"protocol.{change}" for change in changes))
+    settings, tasks = found["protocol"], found["evaluation"]["tasks"]
+    assert samples_per_problem(settings, "math500") == 2
+    assert samples_per_problem(settings, "aime24") > 2
+    assert (settings["ks"], settings["grader"]) == ([1], "archer")
+    assert Sampling.of(settings) == Sampling(temperature=1, top_p=0.5, top_k=20, max_tokens=10)
+    assert tasks["olympiad"]["prompt"] == "{problem} Box it."
+    assert whole(f"protocol={protocol}", "protocol.n=3")["protocol"]["n"] == 3
 
 
 def test_a_protocols_prompt_reaches_the_problems(tmp_path):

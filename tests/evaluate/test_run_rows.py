@@ -38,7 +38,7 @@ def rows(verdicts: list[str], reasons: list[str] | None = None, texts: list[str]
 def test_the_row_is_that_of_the_contract():
     assert ", ".join(rows(["accepted"])[0]) == (
         "task, problem_id, sample_index, seed, prompt_sha256, completion, finish_reason, tokens, verdict, grader, "
-        "model_sha256"
+        "published, model_sha256"
     )
 
 
@@ -103,7 +103,9 @@ ROLES = {"base": "base", "math": "expert", "code": "expert", "merge": "merge"}
 def tallies(matrices, **counts):
     """What graded samples would have left: matrices, and counts that are the same for every task."""
     known = {"ended": 1, "counted": 2, "tokens": 7} | counts
-    return {task: graded.Tally(matrix, None, **known) for task, matrix in matrices.items()}
+    return {
+        task: graded.Tally(matrix, np.full(matrix.shape, np.nan), None, **known) for task, matrix in matrices.items()
+    }
 
 
 def score(matrices, **changes):
@@ -130,6 +132,24 @@ def test_scores_have_the_columns_and_metrics(world):
     assert [row["tokens"] for row in found] == [3.5] * 6
     for row in found:
         assert row["low"] < row["sampling_low"] < row["value"] < row["sampling_high"] < row["high"]
+
+
+def test_the_published_score_and_where_the_graders_differ_stand_beside_the_strict_one(world):
+    counted = tallies(world["base"])
+    counted["m"].published = np.where(np.arange(4) < 1, 0.0, world["base"]["m"])
+    counted["m"].published[0, 1] = np.nan
+    found = {
+        (row["task"], row["metric"]): row for row in scores.score_rows("base", counted, protocol="p", ks=[2], seed=0)
+    }
+    shown = found["m", "avg@4"]
+    assert shown["value"] == pytest.approx(world["base"]["m"].mean(), abs=1e-6)
+    assert shown["score_published"] == pytest.approx(np.nanmean(avg_at_n(counted["m"].published)), abs=1e-6)
+    assert shown["disagreement"] == pytest.approx(world["base"]["m"][:, 0].sum() / 799, abs=1e-6)
+    assert found["m", "pass@2"]["score_published"] > shown["score_published"]
+    assert (found["c", "avg@2"]["score_published"], found["c", "avg@2"]["disagreement"]) == (None, None)
+    assert (
+        found["mean", "avg@4/2"]["score_published"] is None
+    )  # a mean over tasks of which one has none would be another's
 
 
 def test_problems_that_could_not_be_graded_are_left_out_of_the_score(world):

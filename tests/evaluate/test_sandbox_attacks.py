@@ -41,6 +41,9 @@ FORBIDDEN = {
     "fork": "os.fork()",
     "spawn": "subprocess.run(['/bin/true'])",
     "multiprocessing": "multiprocessing.get_context('fork').Process(target=print).start()",
+    "daemon": "os.fork() or (os.setsid(), os.fork() or time.sleep(1000))",
+    "many processes with memory each": "[os.fork() or bytearray(1 << 30) for _ in range(100)]",
+    "100 GB file": "open(place + '/attack', 'wb').truncate(100 << 30)",
     "exec": "os.execv('/bin/true', ['true'])",
     "kill parent": "os.kill(os.getppid(), 9)",
     "kill grader": "os.kill(pid, 9)",
@@ -114,7 +117,7 @@ FORBIDDEN = {
 }
 
 PRELUDE = """
-import ctypes, fcntl, multiprocessing, os, resource, signal, socket, subprocess, tempfile
+import ctypes, fcntl, multiprocessing, os, resource, signal, socket, subprocess, tempfile, time
 libc = ctypes.CDLL(None, use_errno=True)
 NUMBERS = {
     "pivot_root": (155, 41), "clone": (56, 220), "open_by_handle_at": (304, 265), "io_uring_setup": (425, 425),
@@ -272,7 +275,7 @@ def attack():
     environment, names, users, groups = run(sandbox, program).value
     assert (environment, names) == ({}, [])
     if os.geteuid() == 0:
-        assert (users, groups) == ([65534] * 3, [])
+        assert (users, groups) == ((65534,) * 3, [])
 
 
 def test_neither_expected_outputs_nor_earlier_programs_are_in_its_memory(sandbox):
@@ -338,6 +341,35 @@ def attack(status):
 """
     outcome = run(sandbox, program, status)
     assert (outcome.status, outcome.detail) == ("runtime error", "it ended before it answered")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"tuple": 5}',
+        '{"set": [[1]]}',
+        '{"int": "0x"}',
+        '{"complex": [1, 2, 3]}',
+        '{"bytes": "zz"}',
+        '{"a": 1, "b": 2}',
+        "[" * 900 + "]" * 900,
+        '{"set": [' + ", ".join(str(n * (2**61 - 1)) for n in range(20_000)) + "]}",
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_forged_value_is_only_a_wrong_answer(sandbox, value):
+    program = """
+import os, sys
+def attack(value):
+    frame = sys._getframe()
+    while frame and "nonces" not in frame.f_locals:
+        frame = frame.f_back
+    for number in range(3, 64):
+        try: os.write(number, f'{frame.f_locals["nonces"][0]} {{"status": "ok", "value": {value}}}\\n'.encode())
+        except OSError: pass
+    os._exit(0)
+"""
+    assert run(sandbox, program, value).status == "wrong answer"
 
 
 def test_a_program_cannot_break_its_report(sandbox):

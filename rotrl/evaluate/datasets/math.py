@@ -10,6 +10,7 @@ r"""Mathematics sets: a problem in words, a short answer in \boxed{}.
 Zero-padded answers ("025") stay as they are: the grader compares integers.
 """
 
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,37 @@ def amc23(
     return _load(source, "test-00000-of-00001.parquet", path, revision, prompt, problems, limit)
 
 
+def minerva(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "ee46ddc498933b1977577953250ca5c66be64f96",
+    prompt: str | None = None,
+    problems: int | None = 272,
+    limit: int | None = None,
+) -> Benchmark:
+    """Undergraduate science of MIT's OpenCourseWare (arXiv 2206.14858; math-ai/minervamath), answers with units."""
+    source = Source("minerva", "math-ai/minervamath", ("question", "answer"))
+    return _load(source, "test.jsonl", path, revision, prompt, problems, limit)
+
+
+def olympiad(
+    *,
+    path: str | Path | None = None,
+    revision: str | None = "91184b52131e7fc9455fef848035173aea8cc01a",
+    prompt: str | None = None,
+    problems: int | None = 674,
+    limit: int | None = None,
+) -> Benchmark:
+    r"""OlympiadBench (arXiv 2402.14008; Hothan/OlympiadBench): English competition problems in words with an answer.
+
+    `final_answer` is a list of $..$: several answers are asked for in one box, and are right in any order. The field
+    `error` (a tolerance, rare in mathematics) is not used: answers are exact.
+    """
+    source = Source("olympiad", "Hothan/OlympiadBench", ("id", "question", "final_answer"))
+    name = "OE_TO_maths_en_COMP"
+    return _load(source, f"OlympiadBench/{name}/{name}.parquet", path, revision, prompt, problems, limit)
+
+
 def deepscaler(
     *,
     path: str | Path | None = None,
@@ -109,9 +141,25 @@ def _load(
         question = row[source.fields[-2]]
         if not isinstance(question, str) or not question.strip():
             raise EvaluationError(f"{place}, field {source.fields[-2]}: found {question!r}, expected a text")
+        if "final_answer" in source.fields:
+            question, answer = _olympiad(row, question, place)
+        else:
+            answer = _answer(row["answer"], place)
         text = fill(prompt or PROMPT, source.key, problem=question)
-        found.append(Problem(identity, text, answer=_answer(row["answer"], place)))
+        found.append(Problem(identity, text, answer=answer))
     return Benchmark(source.name, tuple(found), "math", origin)
+
+
+def _olympiad(row: dict[str, Any], question: str, place: str) -> tuple[str, str]:
+    """The question after its context, and the answers without their dollars, comma by comma."""
+    given = row["final_answer"]
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        raise EvaluationError(f"{place}, field final_answer: found {given!r}, expected a list of texts")
+    answers = [re.sub(r"(?<!\\)\$", "", text).strip().rstrip(".").strip() for text in given]
+    question = f"{row['context'].strip()}\n\n{question}" if row.get("context") else question
+    if row.get("is_multiple_answer") or len(answers) > 1:
+        question += "\n\nThere are several answers: give all of them in one box, separated by commas."
+    return question, _answer(", ".join(answers), f"{place}, final_answer")
 
 
 def _answer(value: Any, place: str) -> str:

@@ -8,9 +8,10 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rotrl.evaluate.sandbox.inside.values import decode
 from rotrl.evaluate.sandbox.server import Ending, Limits, SandboxFault, Server
 from rotrl.evaluate.task import Test
 
@@ -19,7 +20,8 @@ _CHILD_MAY_SAY = {"ok", "wrong answer", "memory limit", "runtime error", "compil
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a program made of one test. With status "ok", `value` is a JSON value or the text of standard output."""
+    """What a program made of one test. `value` is what its function returned, or the text of its standard output even
+    where it exited with a code."""
 
     status: str
     value: Any = None
@@ -65,30 +67,32 @@ class Sandbox:
         tests: Sequence[Test],
         entry_point: str | None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        accept: Callable[[int, Outcome], bool] | None = None,
+        accept: Callable[[int, Outcome], bool] = lambda index, outcome: outcome.status == "ok",
+        python: bool = False,
     ) -> list[Outcome]:
-        """One outcome a test, in order, up to the first that is not "ok" or that `accept` refuses.
+        """One outcome a test, in order, up to the first that `accept` refuses.
 
-        Only the tests' inputs leave this process. With an entry point one process answers as many tests as its CPU
-        limit allows, and the test at which it ended starts anew with a whole limit; without one each test has its own.
+        Only the tests' inputs leave this process; `python` says that they are `encode`d. With an entry point one
+        process answers as many tests as its CPU limit allows, and the test at which it ended starts anew with a whole
+        limit; without one each test has its own.
         """
         outcomes: list[Outcome] = []
         while len(outcomes) < len(tests):
             step = len(tests) if entry_point is not None else len(outcomes) + 1
             inputs = [test.input for test in tests[len(outcomes) : step]]
-            found = self._attempt(program, inputs, entry_point, limits)
+            found = self._attempt(program, inputs, entry_point, limits, python)
             if found[0].status == "time limit":  # the machine may have been busy
-                found = self._attempt(program, inputs, entry_point, limits, alone=True)
+                found = self._attempt(program, inputs, entry_point, limits, python, alone=True)
             if len(found) > 1 and found[-1].status == "time limit":
                 found.pop()
             for outcome in found:
                 outcomes.append(outcome)
-                if outcome.status != "ok" or (accept is not None and not accept(len(outcomes) - 1, outcome)):
+                if not accept(len(outcomes) - 1, outcome):
                     return outcomes
         return outcomes
 
     def _attempt(
-        self, program: str, inputs: list, entry_point: str | None, limits: Limits, alone: bool = False
+        self, program: str, inputs: list, entry_point: str | None, limits: Limits, python: bool, alone: bool = False
     ) -> list[Outcome]:
         """One process; a server that fails is started anew once before its failure is the outcome."""
         with contextlib.ExitStack() as stack:
@@ -99,10 +103,10 @@ class Sandbox:
             server = self._idle.get()
             try:
                 try:
-                    return _one_process(server, program, inputs, entry_point, limits)
+                    return _one_process(server, program, inputs, entry_point, limits, python)
                 except SandboxFault:
                     server = self._restart(server)
-                    return _one_process(server, program, inputs, entry_point, limits)
+                    return _one_process(server, program, inputs, entry_point, limits, python)
             except SandboxFault as fault:
                 return [Outcome("sandbox error", detail=str(fault))]
             finally:
@@ -129,9 +133,11 @@ class Sandbox:
             return server
 
 
-def _one_process(server: Server, program: str, inputs: list, entry_point: str | None, limits: Limits) -> list[Outcome]:
+def _one_process(
+    server: Server, program: str, inputs: list, entry_point: str | None, limits: Limits, python: bool
+) -> list[Outcome]:
     nonces = [secrets.token_hex(8) for _ in inputs]
-    request = {"program": program, "entry_point": entry_point, "inputs": inputs, "nonces": nonces}
+    request = {"program": program, "entry_point": entry_point, "inputs": inputs, "nonces": nonces, "python": python}
     with contextlib.ExitStack() as stack:
 
         def file(content: str = "") -> int:  # in memory, so that neither side ever waits for the other to read
@@ -149,13 +155,19 @@ def _one_process(server: Server, program: str, inputs: list, entry_point: str | 
         if entry_point is None:
             fault = answers.get(nonces[0])
             text = _content(output, limits).decode(errors="replace")
-            return [Outcome("ok", text) if ending.exit == 0 else _ended(ending, limits, fault)]
+            if ending.exit == 0:
+                return [Outcome("ok", text)]
+            ended = _ended(ending, limits, fault)
+            return [replace(ended, value=text) if ending.exit is not None and fault is None else ended]
     outcomes = []
     for nonce in nonces:
         answer = answers.get(nonce)
         if answer is None or answer["status"] != "ok":
             return [*outcomes, _ended(ending, limits, answer)]
-        outcomes.append(Outcome("ok", answer.get("value")))
+        try:
+            outcomes.append(Outcome("ok", decode(answer.get("value"))))
+        except ValueError as error:
+            return [*outcomes, Outcome("wrong answer", detail=f"the result can't be read: {error}")]
     return outcomes
 
 

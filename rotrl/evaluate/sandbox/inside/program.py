@@ -14,11 +14,16 @@ import textwrap
 import threading
 import types
 
-_PLAIN = (bool, int, float, str, type(None))
+from values import decode, encode
 
-
-class NotPlain(Exception):
-    """A value that is not of an exact builtin JSON type."""
+# What LiveCodeBench imports before a program: models write for it. Modules win over what they export.
+_STARRED = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io json"
+)
+NAMES: dict[str, object] = {}
+for _module in (*_STARRED.split(), "typing"):
+    exec(f"from {_module} import *", NAMES)
+NAMES |= {name: sys.modules[name] for name in (*_STARRED.split(), "sys")}
 
 
 class NotCompiled(Exception):
@@ -34,6 +39,9 @@ def run(data: bytes, report: int):
     sys.argv = ["program"]
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+    streams = {name: value for name, value in vars(sys).items() if not name.startswith("_")}
+    builtins.__dict__.update({**streams, **NAMES, **builtins.__dict__})
 
     def tell(nonce: str, **answer) -> None:
         line = f"{nonce} {json.dumps(answer)}\n".encode()
@@ -56,8 +64,9 @@ def _functional(request: dict, tell) -> int:
         tell(nonces[0], **_fault(error))
         return 1
     for nonce, arguments in zip(nonces, request["inputs"], strict=True):
+        arguments = decode(arguments) if request["python"] else arguments
         try:
-            answer = {"status": "ok", "value": _plain(function(*arguments))}
+            answer = {"status": "ok", "value": encode(function(*arguments))}
         except BaseException as error:
             answer = _fault(error)
         tell(nonce, **answer)
@@ -107,22 +116,10 @@ def _compile(source: str):
 
 
 def _fault(error: BaseException) -> dict[str, str]:
-    words = {MemoryError: "memory limit", NotPlain: "wrong answer", NotCompiled: "compile error"}
+    words = {MemoryError: "memory limit", NotCompiled: "compile error"}
     status = words.get(type(error), "runtime error")
     try:
-        detail = str(error) if type(error) in (NotPlain, NotCompiled) else f"{type(error).__name__}: {error}"
+        detail = str(error) if type(error) is NotCompiled else f"{type(error).__name__}: {error}"
     except BaseException:
         detail = type(error).__name__
     return {"status": status, "detail": detail[:200]}
-
-
-def _plain(value):
-    """Exact types only: a subclass can bring its own equality. Tuples count as lists, as JSON has no others."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    if kind is list or kind is tuple:
-        return [_plain(item) for item in value]
-    if kind is dict and all(type(key) is str for key in value):
-        return {key: _plain(item) for key, item in value.items()}
-    raise NotPlain(f"the result holds a {kind.__module__}.{kind.__name__}, which is no plain JSON value")
