@@ -45,14 +45,8 @@ class Raw:
 
         environment = child_environment(ENGINE["threads"]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         command = [sys.executable, __file__, "raw"]
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=null)
         self.ask(order)
 
     def ask(self, message: Any) -> Any:
@@ -75,79 +69,89 @@ def others_cpu() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def main(problems: int = 300, n: int = 8, rounds: int = 2) -> None:
+class Ours:
+    """The same requests through the program, into a new cache each time."""
+
+    def __init__(self, problems: int, n: int, folder: Path) -> None:
+        from rotrl.checkpoint.reader import open_checkpoint
+        from rotrl.evaluate.prompts import render
+        from rotrl.evaluate.samples import Wanted
+        from rotrl.zoo import zoo_path
+        from rotrl.zoo.tasks import code_task, math_task
+
+        self.n, self.folder = n, folder
+        self.tasks = [math_task(split="test", limit=problems), code_task(split="test", limit=problems)]
+        self.models = {name: zoo_path(name) for name in MODELS}
+        self.weights = {name: open_checkpoint(path).sha256 for name, path in self.models.items()}
+        prompts = render(self.models["base"], self.tasks, protocol=PROTOCOL)
+        self.wanted = [Wanted(*key, i, prompt) for key, prompt in prompts.items() for i in range(n)]
+
+    def order(self) -> dict[str, Any]:
+        """What `raw` needs."""
+        from rotrl.evaluate.sampling import Sampling, sample_seed
+
+        return {
+            "model": str(self.models["base"]),
+            "prompts": [each.prompt.ids for each in self.wanted],
+            "seeds": [sample_seed(0, each.problem, each.index) for each in self.wanted],
+            "sampling": Sampling.of(PROTOCOL).parameters() | {"detokenize": True},
+        }
+
+    def evaluate(self, *names: str, n: int | None = None) -> float:
+        from rotrl.evaluate.run import evaluate
+
+        cache = tempfile.mkdtemp(dir=self.folder)
+        shared: dict[str, Any] = {"engine": ENGINE, "sandbox": {}, "roles": MODELS, "weights": self.weights, "seed": 0}
+        shared |= {"protocol": PROTOCOL | {"n": n or self.n}, "cache": Path(cache), "out": self.folder / "run"}
+        return evaluate({name: self.models[name] for name in names}, self.tasks, **shared)["seconds"]
+
+    def generate(self) -> float:
+        from rotrl.evaluate.samples import Sampler
+        from rotrl.evaluate.sampling import Sampling
+
+        start, cache = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
+        sampler = Sampler(Sampling.of(PROTOCOL), ENGINE, self.models["base"], cache, seed=0)
+        for name, path in self.models.items():
+            for _ in sampler.sample(path, self.weights[name], self.wanted):
+                pass
+        return time.monotonic() - start
+
+
+def one_round(baseline: Raw, ours: Ours) -> dict[str, float]:
     import psutil
 
-    from rotrl.checkpoint.reader import open_checkpoint
     from rotrl.evaluate.engine import shared_engine
-    from rotrl.evaluate.prompts import render
-    from rotrl.evaluate.run import evaluate
-    from rotrl.evaluate.samples import Sampler, Wanted
-    from rotrl.evaluate.sampling import Sampling, sample_seed
-    from rotrl.zoo import zoo_path
-    from rotrl.zoo.tasks import code_task, math_task
 
-    tasks = [math_task(split="test", limit=problems), code_task(split="test", limit=problems)]
-    models = {name: zoo_path(name) for name in MODELS}
-    weights = {name: open_checkpoint(path).sha256 for name, path in models.items()}
-    prompts = render(models["base"], tasks, protocol=PROTOCOL)
-    wanted = [Wanted(*key, i, prompt) for key, prompt in prompts.items() for i in range(n)]
-    chosen = Sampling.of(PROTOCOL)
-    baseline = Raw(
-        {
-            "model": str(models["base"]),
-            "prompts": [each.prompt.ids for each in wanted],
-            "seeds": [sample_seed(0, each.problem, each.index) for each in wanted],
-            "sampling": chosen.parameters() | {"detokenize": True},
-        }
-    )
+    engine = psutil.Process(shared_engine(ours.models["base"], ENGINE).pids[0])
+    seconds, cpu = zip(*(baseline.ask(str(path)) for path in ours.models.values()), strict=True)
+    generation, first = ours.generate(), ours.evaluate("base")
+    before = sum(engine.cpu_times()[:2]), others_cpu()
+    whole = ours.evaluate(*MODELS)
+    return {
+        "raw": sum(seconds),
+        "generation": generation,
+        "evaluation": whole,
+        "further": (whole - first - sum(seconds[1:])) / len(seconds[1:]),
+        "raw_cpu": sum(cpu),
+        "engine_cpu": sum(engine.cpu_times()[:2]) - before[0],
+        "others_cpu": others_cpu() - before[1],
+    }
+
+
+def main(problems: int = 300, n: int = 8, rounds: int = 2) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        shared = {
-            "protocol": PROTOCOL | {"n": n},
-            "engine": ENGINE,
-            "roles": MODELS,
-            "seed": 0,
-            "out": Path(folder, "run"),
-        }
-
-        def run(names: tuple[str, ...], cache: str, **changes: Any) -> float:
-            chosen, options = {name: models[name] for name in names}, shared | {"cache": Path(folder, cache)} | changes
-            return evaluate(chosen, tasks, sandbox={}, weights=weights, **options)["seconds"]
-
-        def generate(cache: str) -> float:
-            start, sampler = time.monotonic(), Sampler(chosen, ENGINE, models["base"], Path(folder, cache), 0)
-            for name, path in models.items():
-                for _ in sampler.sample(path, weights[name], wanted):
-                    pass
-            return time.monotonic() - start
-
-        start = run(tuple(models), "start", protocol=PROTOCOL | {"n": 1})
-        engine = psutil.Process(shared_engine(models["base"], ENGINE).pids[0])
-        found: list[dict[str, Any]] = []
-        for number in range(rounds):
-            each = {name: baseline.ask(str(path)) for name, path in models.items()}
-            generation, one = generate(f"g{number}"), run(("base",), f"o{number}")
-            before, engine_before = others_cpu(), sum(engine.cpu_times()[:2])
-            whole = run(tuple(models), f"e{number}")
-            cpu = [sum(engine.cpu_times()[:2]) - engine_before, others_cpu() - before]
-            seconds = {name: raw_seconds for name, (raw_seconds, _) in each.items()}
-            found.append({"raw": sum(seconds.values()), "raw_cpu": sum(c for _, c in each.values()), "cpu": cpu})
-            found[-1] |= {"generation": generation, "whole": whole, "further": whole - one}
-            found[-1]["further"] = (whole - one - seconds["math"] - seconds["code"]) / 2
-    requests, best = (
-        len(wanted) * len(models),
-        {key: min(r[key] for r in found) for key in ("raw", "generation", "whole")},
-    )
-    print(f"{requests} requests to {len(models)} models, best of {rounds} rounds; the engine starts in {start:.1f} s")
-    for key, title in (("raw", "raw LLM.generate"), ("generation", "generation"), ("whole", "evaluation")):
-        print(
-            f"{title:<17}{best[key]:6.1f} s {requests / best[key]:7.0f} a second   ratio {best['raw'] / best[key]:5.2f}"
-        )
-    print(f"a further model   {min(r['further'] for r in found):+.1f} s beside its generation")
-    raw_cpu, (ours, others) = min(r["raw_cpu"] for r in found), min((r["cpu"] for r in found), key=sum)
-    print(
-        f"CPU seconds       raw {raw_cpu:.1f}, the engine in evaluation {ours:.1f}, grading and all else {others:.1f}"
-    )
+        ours = Ours(problems, n, Path(folder))
+        baseline, start = Raw(ours.order()), ours.evaluate(*MODELS, n=1)
+        found = [one_round(baseline, ours) for _ in range(rounds)]
+    best = {key: min(each[key] for each in found) for key in found[0]}
+    requests = len(ours.wanted) * len(MODELS)
+    print(f"{requests} requests to {len(MODELS)} models, best of {rounds} rounds; the engine starts in {start:.1f} s")
+    for key in ("raw", "generation", "evaluation"):
+        seconds = best[key]
+        print(f"{key:<12}{seconds:6.1f} s {requests / seconds:7.0f} a second   ratio {best['raw'] / seconds:.2f}")
+    print(f"a further model takes {best['further']:+.1f} s beside its generation")
+    cpu = ", ".join(f"{key.removesuffix('_cpu')} {best[key]:.1f}" for key in best if key.endswith("_cpu"))
+    print(f"CPU seconds: {cpu} (raw LLM.generate; in evaluation the engine, and grading with all else)")
 
 
 if __name__ == "__main__":

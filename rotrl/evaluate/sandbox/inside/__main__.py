@@ -17,7 +17,7 @@ from program import run
 
 
 def main() -> None:
-    os.nice(10)  # grading goes on beside generation, which must not wait for it
+    give_way()
     control = socket.socket(fileno=0)
     try:
         lockdown = Lockdown(landlock=sys.argv[1], seccomp=sys.argv[2] == "yes")
@@ -35,6 +35,21 @@ def main() -> None:
             return
         answer = job(control, lockdown, json.loads(message), descriptors)
         control.send(json.dumps(answer).encode())
+
+
+def give_way() -> None:
+    """Grading goes on beside generation, which must not wait for it. Where the kernel shares out time by session, nice
+    counts inside of one only, and the session has its own."""
+    os.nice(10)
+    for _ in range(20):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write("5")
+            return
+        except BlockingIOError:  # ten a second on the whole machine
+            time.sleep(0.1)
+        except OSError:
+            return
 
 
 def job(control: socket.socket, lockdown: Lockdown, limits: dict, descriptors: list[int]) -> dict:
