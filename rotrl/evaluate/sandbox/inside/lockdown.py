@@ -56,7 +56,7 @@ class Lockdown:
     def enter(self, cpu_seconds: float, memory: int, output: int) -> None:
         """Limits: CPU seconds, bytes of address space, bytes of any one file written. There is no way back."""
         server = os.getppid()
-        os.setsid()
+        os.setpgid(0, 0)  # not setsid: a new session would not give way
         _limit(resource.RLIMIT_CPU, math.ceil(2 * cpu_seconds) + 1)  # a second guard; the server's clock is exact
         _limit(resource.RLIMIT_AS, memory)
         _limit(resource.RLIMIT_FSIZE, output)
