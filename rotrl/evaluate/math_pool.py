@@ -35,7 +35,7 @@ class MathPool:
         self.workers = workers or min(len(os.sched_getaffinity(0)), 8)
         self._timeout = timeout_seconds
         self._memory = memory_mb << 20
-        self._slots: queue.Queue[_Worker | None] = queue.Queue()
+        self._slots: queue.Queue[_Worker | None] = queue.LifoQueue()  # the started one before a new one
         for _ in range(self.workers):
             self._slots.put(None)
         self._alive: set[_Worker] = set()
