@@ -19,12 +19,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "OFT")
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSUPPORTED = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+_COMMIT = re.compile(r"[0-9a-f]{40}$")
 _PREFIX = "base_model.model."
 _PART = re.compile(r"\.(?:lora|oft)_\w+(?:\.weight)?$")
 
 
 def is_adapter(folder: Path) -> bool:
     return (Path(folder) / CONFIG).exists()
+
+
+def names_its_base(folder: Path) -> bool:
+    """Whether an adapter's configuration says what it was trained on."""
+    return bool(read_json(Path(folder) / CONFIG).get("base_model_name_or_path"))
 
 
 def open_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
@@ -78,6 +84,12 @@ def _config_faults(file: Path, settings: dict, base: Checkpoint) -> list[str]:
     if isinstance(start, str) and start.lower().startswith(CHANGE_BASE):
         faults.append(f"{file}: init_lora_weights {start!r} changed the base's weights; save it as plain LoRA by peft")
     faults += [f"{file}: {key} is not supported; merge it by peft first" for key in UNSUPPORTED if settings.get(key)]
+    commit = settings.get("revision")
+    if base.path.parent.name == "snapshots" and _COMMIT.match(str(commit)) and commit != base.path.name:
+        faults.append(
+            f"{file}: the adapter was trained on revision {commit}, the base {base.path} is another; give that commit "
+            "(ORG/NAME@COMMIT)"
+        )
     trained_on = settings.get("base_model_name_or_path")
     if trained_on:
         last = model_name(Path(trained_on)).rsplit("/", 1)[-1]

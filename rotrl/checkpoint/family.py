@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rotrl.checkpoint.adapter import is_adapter, open_adapter
+from rotrl.checkpoint.adapter import is_adapter, names_its_base, open_adapter
 from rotrl.checkpoint.header import TensorInfo
 from rotrl.checkpoint.layout import by_structure, role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family, named, open_checkpoint
@@ -65,6 +65,11 @@ def notes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
         told.append(f"{len(guessed)} tensors have roles by structure, not by a known name, first '{guessed[0]}'")
     if unknown := [name for name, info in base.tensors.items() if role_of(name, info.shape).module == "other"]:
         told.append(f"{len(unknown)} tensors have no known role, first '{unknown[0]}'")
+    told += [
+        f"{name} is an adapter that names no base: that it is {base.path.name} shows only in names and shapes"
+        for name, model in experts.items()
+        if is_adapter(model.path) and not names_its_base(model.path)
+    ]
     kinds = {name: Counter(info.dtype for info in model.tensors.values()) for name, model in experts.items()}
     for name, count in {"base": Counter(info.dtype for info in base.tensors.values()), **kinds}.items():
         if len(count) > 1:

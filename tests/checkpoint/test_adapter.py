@@ -1,6 +1,7 @@
 """Adapters read as checkpoints against peft's own merge_and_unload; adapters of another base are refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rotrl.checkpoint.adapter import open_adapter
-from rotrl.checkpoint.family import open_family
+from rotrl.checkpoint.family import notes, open_family
 from rotrl.checkpoint.folder import on_disk
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import CheckpointError
@@ -86,6 +87,24 @@ def test_another_base_is_refused(base, train, tmp_path):
         open_family(base, {"math": folder})
     edit(folder / "adapter_config.json", base_model_name_or_path="elsewhere/base")
     open_family(base, {"math": folder})
+
+
+def test_an_adapter_that_names_no_base_is_told_and_another_commit_refused(base, train, tmp_path):
+    folder, _ = train(CONFIGS["lora"])
+    root, experts = open_family(base, {"math": folder})
+    assert not [told for told in notes(root, experts) if "adapter" in told]
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    root, experts = open_family(base, {"math": folder})
+    assert notes(root, experts)[0] == (
+        "math is an adapter that names no base: that it is base shows only in names and shapes"
+    )
+    snapshot = tmp_path / "models--org--base" / "snapshots" / ("a" * 40)
+    shutil.copytree(base, snapshot)
+    edit(folder / "adapter_config.json", base_model_name_or_path="org/base", revision="a" * 40)
+    open_family(snapshot, {"math": folder})
+    edit(folder / "adapter_config.json", revision="b" * 40)
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: the adapter was trained on revision b{40}"):
+        open_family(snapshot, {"math": folder})
 
 
 def test_targets_that_the_base_lacks_or_shapes_otherwise_are_told_at_once(base, train, tensors, save):
