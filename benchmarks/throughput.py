@@ -3,11 +3,10 @@
 Base, math and code expert answer both tiny tasks. Raw: one vLLM process, weights swapped in place, texts and nothing
 else. Generation: the same through the engine's process into the store. Evaluation: `evaluate`, from rendering prompts
 to comparisons, with the store and both graders. The three alternate, and each is judged by its best round. Prints the
-ratios of the rates, what a further model costs beside its generation, and the CPU seconds of everything.
+ratios of the rates, what a further model costs beside its generation, and the CPU seconds of generation.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -61,12 +60,6 @@ class Raw:
                 except ValueError:
                     continue
         sys.exit("LLM.generate failed")
-
-
-def others_cpu() -> float:
-    """CPU seconds of this process and of those that it has waited for: the graders, once they are closed."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Ours:
@@ -125,7 +118,7 @@ def one_round(baseline: Raw, ours: Ours) -> dict[str, float]:
     engine = psutil.Process(shared_engine(ours.models["base"], ENGINE).pids[0])
     seconds, cpu = zip(*(baseline.ask(str(path)) for path in ours.models.values()), strict=True)
     generation, first = ours.generate(), ours.evaluate("base")
-    before = sum(engine.cpu_times()[:2]), others_cpu()
+    before = sum(engine.cpu_times()[:2])
     whole = ours.evaluate(*MODELS)
     return {
         "raw": sum(seconds),
@@ -133,8 +126,7 @@ def one_round(baseline: Raw, ours: Ours) -> dict[str, float]:
         "evaluation": whole,
         "further": (whole - first - sum(seconds[1:])) / len(seconds[1:]),
         "raw_cpu": sum(cpu),
-        "engine_cpu": sum(engine.cpu_times()[:2]) - before[0],
-        "others_cpu": others_cpu() - before[1],
+        "engine_cpu": sum(engine.cpu_times()[:2]) - before,
     }
 
 
@@ -150,8 +142,7 @@ def main(problems: int = 300, n: int = 8, rounds: int = 2) -> None:
         seconds = best[key]
         print(f"{key:<12}{seconds:6.1f} s {requests / seconds:7.0f} a second   ratio {best['raw'] / seconds:.2f}")
     print(f"a further model takes {best['further']:+.1f} s beside its generation")
-    cpu = ", ".join(f"{key.removesuffix('_cpu')} {best[key]:.1f}" for key in best if key.endswith("_cpu"))
-    print(f"CPU seconds: {cpu} (raw LLM.generate; in evaluation the engine, and grading with all else)")
+    print(f"CPU seconds of generation: raw {best['raw_cpu']:.1f}, of the engine in evaluation {best['engine_cpu']:.1f}")
 
 
 if __name__ == "__main__":
