@@ -142,9 +142,18 @@ def _missing(model: str, rows: Sequence[Row], tallies: Mapping[str, Tally], task
         if fewer := sum(number < most for number in numbers):
             least = min(numbers)
             said.append(f"{where}: {fewer} of {problems} problems have fewer than {most} samples (the least {least})")
+        if most > 1 and len(numbers) >= 10 and _one_text(rows, task.name):
+            said.append(
+                f"{where}: all samples of each problem are one text, as from one seed: they say no more than one"
+            )
         if unknown := tallies[task.name].samples - tallies[task.name].ended:
             said.append(f"{where}: how {unknown} samples ended is not known, so none counts as cut off")
     return said
+
+
+def _one_text(rows: Sequence[Row], task: str) -> bool:
+    first: dict[str, str] = {}
+    return all(first.setdefault(r["problem_id"], r["completion"]) == r["completion"] for r in rows if r["task"] == task)
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:

@@ -132,6 +132,15 @@ def test_uneven_samples_are_told_and_each_problem_counts_the_same(tmp_path):
     ]
 
 
+def test_samples_that_are_copies_of_one_are_told(tmp_path):
+    sums = Task("sums", tuple(Problem(f"s{i}", "?", answer="1") for i in range(12)), "math")
+    rows = [row(f"s{i}", rf"\boxed{{{i}}}", sample_index=j, finish_reason="stop") for i in range(12) for j in range(4)]
+    (said,) = grade({"base": rows}, tmp_path, (sums,))["alarms"]
+    assert said.startswith("base, sums: all samples of each problem are one text")
+    rows[-1]["completion"] = "other"
+    assert grade({"base": rows}, tmp_path, (sums,))["alarms"] == []
+
+
 def test_a_model_that_closes_its_thoughts_somewhere_has_opened_them_everywhere(tmp_path):
     texts = ["so</think>1", "still thinking"]
     found = grade({"base": [row(text=text, sample_index=i) for i, text in enumerate(texts)]}, tmp_path)
