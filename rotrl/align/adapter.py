@@ -16,23 +16,62 @@ from rotrl.checkpoint.files import whole_file
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
 from rotrl.linalg.cayley import inverse_cayley
+from rotrl.linalg.procrustes import nearest
 
 
-def save_oft(folder: Path, rotations: Mapping[str, Rotation | Delta], source: str | None) -> None:
-    """One full block per matrix, which is exact. ConfigError where something else than inputs is rotated.
+def save_oft(
+    folder: Path,
+    rotations: Mapping[str, Rotation | Delta],
+    source: str | None,
+    *,
+    block: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """One full block per matrix, which is exact, or blocks of `block` inputs and what they leave out.
 
     `W R` with `R = (I - A)^{-1} (I + A)` is PEFT's Cayley branch with A (its Neumann branch would need -A); stored is
-    the upper triangle of A, row by row, as (1, n (n - 1) / 2).
+    the upper triangle of A, row by row, as (blocks, b (b - 1) / 2). The blocks B are the polar factors of those of R;
+    what `weights` lack for `W R`, `W R B^T - W`, goes to residual.safetensors, to be added to the source's weights. Its
+    length stands in README.md. ConfigError where something else than inputs is rotated.
     """
-    entries = {}
+    entries, rest = {}, {}
     for name, rotation in rotations.items():
         if not isinstance(rotation, Rotation) or rotation.right is None or rotation.left is not None:
             raise ConfigError(f"align.adapter: '{name}' is not rotated on its inputs alone; use align.side=right")
-        a = inverse_cayley(rotation.right.double())
-        rows, columns = torch.triu_indices(len(a), len(a), 1)
-        entries[f"{_module(name)}.oft_R.weight"] = a[rows, columns][None].float()
-    exact = {"r": 1, "oft_block_size": 0, "use_cayley_neumann": False, "bias": "none"}
-    _save(folder, entries, {"peft_type": "OFT", **exact}, list(rotations), source)
+        r = rotation.right.double()
+        if block and len(r) % block:
+            raise ConfigError(f"align.adapter_block={block} does not divide the {len(r)} inputs of '{name}'")
+        parts = _diagonal(r, block or len(r))
+        blocks = nearest(parts) if block else parts
+        a = inverse_cayley(blocks)
+        rows, columns = torch.triu_indices(a.shape[-1], a.shape[-1], 1)
+        entries[f"{_module(name)}.oft_R.weight"] = a[:, rows, columns].float()
+        if block and weights:
+            w = weights[name].double()
+            rest[name] = (w @ (r @ torch.block_diag(*blocks).mT) - w, rotation.apply(w) - w)
+    sizes = {"r": 0, "oft_block_size": block} if block else {"r": 1, "oft_block_size": 0}
+    exact = {"use_cayley_neumann": False, "bias": "none"}
+    _save(folder, entries, {"peft_type": "OFT", **sizes, **exact}, list(rotations), source)
+    if rest:
+        _save_residual(folder, rest)
+
+
+def _diagonal(r: Tensor, block: int) -> Tensor:
+    """(blocks, block, block) of the diagonal."""
+    return torch.stack([r[at : at + block, at : at + block] for at in range(0, len(r), block)])
+
+
+def _save_residual(folder: Path, rest: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    left, whole = (torch.stack([pair[i].square().sum() for pair in rest.values()]).sum().sqrt() for i in (0, 1))
+    with whole_file(folder / "residual.safetensors") as temporary:
+        save_file({name: pair[0].float().contiguous() for name, pair in rest.items()}, temporary)
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(
+            "OFT adapter in blocks of rotations that were learned whole. What the blocks leave out is in "
+            f"residual.safetensors: length {float(left):.4g}, {float(left / whole) if whole else 0:.1%} of the whole "
+            "change. Add it to the weights of the same names before the adapter is loaded; without it the adapter is "
+            "another model.\n"
+        )
 
 
 def save_lora(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], source: str | None) -> None:

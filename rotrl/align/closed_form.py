@@ -1,7 +1,7 @@
 """Alignment in closed form: the rotation that brings each matrix of the source nearest to the teacher's."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
 from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet, threads_for
 from rotrl.checkpoint.reader import Checkpoint
+from rotrl.errors import ConfigError
 
 
 def procrustes(
@@ -27,21 +28,29 @@ def procrustes(
     source: str = "base",
     start: dict[str, Any] | None = None,
     teachers: str | Sequence[str] = "all",
+    mix: Mapping[str, float] | None = None,
     side: str = "small",
+    block: int | None = None,
+    share: str = "none",
     anchor: float = 0.01,
     max_tokens: int | None = None,
     batch: int = 64,
     vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
-    """`R = argmin |S R - T|` (right) or `|R S - T|` (left) for every linear map S of the source, T the teachers' mean.
+    """`R = argmin |S R - T|` (right) or `|R S - T|` (left) for every linear map S of the source, T the teachers' mean
+    by `mix`; `block` and `share` as in the learned rotations.
 
     `source=math teachers=[code]` aligns math to code. Writes rotations.safetensors and align.csv into `out`; given
     rollouts, `kl_before` and `kl_after` are KL(teacher || source) and KL(teacher || rotated) in nats per token.
     NumericsError where the solution is a reflection.
     """
     began = time.monotonic()
-    problem = pose(base, experts, source=source, start=start, teachers=teachers, vectors=vectors)
-    rotations = problem.closed_form(side=side, anchor=anchor)
+    problem = pose(base, experts, source=source, start=start, teachers=teachers, mix=mix, vectors=vectors)
+    family = Rotations(problem.matrices, side=side, block=block, share=share)
+    found = family.closed_form(problem.target, anchor=anchor)
+    if found is None:
+        raise ConfigError("align.side=both: both sides at once have no closed form; use small, left or right")
+    rotations = family.by_tensor(found)
     refuse_reflections(rotations)
     models = {"base": base, **(vectors or experts)}
     names = ("procrustes", "weights")
@@ -51,14 +60,13 @@ def procrustes(
         everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
         with quiet(), threads_for(problem.matrices):
             engine = make_trainer(trainer, out)
-            family = Rotations(problem.matrices, side=side)
             module = LogitAlignment(
                 family,
                 *load_models(base, problem, frozen_dtype(trainer)),
                 heldout=heldout_batches(everything, batch=batch),
             )
             before = measure(engine, module)
-            family.assign(rotations)
+            family.assign(found)
             after = measure(engine, module)
     return summary | {
         "kl_before": before,

@@ -26,7 +26,7 @@ class LowRank(Family):
         for index in range(len(self.shapes)):
             k, m, n = self.weights(index).shape
             uniform = torch.rand(k, rank, n, generator=generator, dtype=self.weights(index).dtype)
-            self.a.append(nn.Parameter((2 * uniform - 1) / n**0.5))
+            self.a.append(nn.Parameter((2 * uniform.to(self.weights(index)) - 1) / n**0.5))
             self.b.append(nn.Parameter(self.weights(index).new_zeros(k, m, rank)))
 
     def adapt(self, index: int) -> Tensor:
@@ -41,7 +41,7 @@ class LowRank(Family):
             for row, name in enumerate(names)
         }
 
-    def save_adapter(self, folder: Path, source: str | None) -> None:
+    def save_adapter(self, folder: Path, source: str | None, block: int | None = None) -> None:
         save_lora(folder, self.factors(), source)
 
 

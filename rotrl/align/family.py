@@ -1,7 +1,8 @@
 """What learns: a family of weights around those of the source, by one parametrisation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ class Family(nn.Module, ABC):
     the number of layers.
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor]):
+    def __init__(self, matrices: Mapping[str, Tensor], kinds: Iterable[Hashable] = ()):
+        """`kinds`, one per matrix, keeps matrices of one shape apart."""
         super().__init__()
         self.shapes: list[tuple[str, ...]] = []  # tensor names of each stack
-        groups: dict[torch.Size, list[str]] = {}
-        for name, matrix in matrices.items():
-            groups.setdefault(matrix.shape, []).append(name)
+        groups: dict[Hashable, list[str]] = {}
+        for (name, matrix), kind in zip_longest(matrices.items(), kinds):
+            groups.setdefault((matrix.shape, kind), []).append(name)
         for names in groups.values():
             weights = stacked(matrices, names)
             self.register_buffer(f"weights_{len(self.shapes)}", weights, persistent=False)
@@ -38,12 +40,12 @@ class Family(nn.Module, ABC):
     def adapt(self, index: int) -> Tensor:
         """The adapted weights of a stack."""
 
-    def forward(self) -> dict[str, Tensor]:
-        """The adapted weight of every tensor."""
+    def forward(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The adapted weight of every tensor, rounded to `dtype` if one is given."""
         return {
             name: weight
             for index, names in enumerate(self.shapes)
-            for name, weight in zip(names, self.adapt(index).unbind(), strict=True)
+            for name, weight in zip(names, self.adapt(index).to(dtype).unbind(), strict=True)
         }
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
@@ -73,9 +75,17 @@ class Family(nn.Module, ABC):
             for name, delta in zip(names, (self.adapt(index) - self.weights(index)).unbind(), strict=True)
         }
 
-    def save_adapter(self, folder: Path, source: str | None) -> None:
+    def save_adapter(self, folder: Path, source: str | None, block: int | None = None) -> None:
         """Writes a PEFT adapter; ConfigError where PEFT has none of the kind."""
-        save_oft(folder, self.export(), source)
+        save_oft(folder, self.export(), source, block=block, weights=self.sources())
+
+    def sources(self) -> dict[str, Tensor]:
+        """The source's weight of every tensor."""
+        return {
+            name: weight
+            for index, names in enumerate(self.shapes)
+            for name, weight in zip(names, self.weights(index), strict=True)
+        }
 
     def details(self) -> dict[str, dict[str, float]]:
         """Further columns of align.csv by tensor."""

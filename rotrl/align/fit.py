@@ -13,7 +13,9 @@ from torch import Tensor
 from rotrl.align.deltas import Directions, Free, LowRank
 from rotrl.align.family import Family
 from rotrl.align.learn import Build, learn
-from rotrl.align.parametrization import CayleyTurns, LowRankTurns, Rotations, Turns, side_of
+from rotrl.align.low_rank import LowRankTurns
+from rotrl.align.parametrization import CayleyTurns, Rotations, Turns
+from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.linalg.tangent import tangent_projection
@@ -26,6 +28,7 @@ def stiefel(
     *,
     side: str = "small",
     block: int | None = None,
+    share: str = "none",
     init: str = "identity",
     anchor: float = 0.01,
     lr: float = 5e-3,
@@ -36,8 +39,9 @@ def stiefel(
 
     `angle_prior` weighs `sum ||log R||^2`. `closed_form` is what the Procrustes rotations explain.
     """
-    hyper = {"side": side, "block": block, "init": init, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    return learn(base, experts, out, "stiefel", _turns(Rotations, side=side, block=block), hyper, **shared)
+    turns = {"side": side, "block": block, "share": share}
+    hyper = turns | {"init": init, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
+    return learn(base, experts, out, "stiefel", _turns(Rotations, **turns), hyper, **shared)
 
 
 def cayley(
@@ -47,14 +51,16 @@ def cayley(
     *,
     side: str = "small",
     block: int | None = None,
+    share: str = "none",
     anchor: float = 0.01,
     lr: float = 5e-3,
     angle_prior: float = 3e-3,
     **shared: Any,
 ) -> dict[str, Any]:
     """The rotations of `stiefel` as Cayley transforms of free skew matrices, by Adam. arXiv 2306.07280 (OFT)."""
-    hyper = {"side": side, "block": block, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    return learn(base, experts, out, "cayley", _turns(CayleyTurns, side=side, block=block), hyper, **shared)
+    turns = {"side": side, "block": block, "share": share}
+    hyper = turns | {"anchor": anchor, "lr": lr, "angle_prior": angle_prior}
+    return learn(base, experts, out, "cayley", _turns(CayleyTurns, **turns), hyper, **shared)
 
 
 def low_rank(
@@ -64,6 +70,7 @@ def low_rank(
     *,
     seed: int,
     side: str = "small",
+    share: str = "none",
     rank: int = 4,
     anchor: float = 0.01,
     lr: float = 5e-3,
@@ -71,8 +78,9 @@ def low_rank(
     **shared: Any,
 ) -> dict[str, Any]:
     """Rotations `exp(A B^T - B A^T)` that turn at most `2 rank` dimensions, by Adam."""
-    hyper = {"side": side, "rank": rank, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    build = _turns(LowRankTurns, side=side, rank=rank, seed=seed)
+    turns = {"side": side, "share": share, "rank": rank}
+    hyper = turns | {"anchor": anchor, "lr": lr, "angle_prior": angle_prior}
+    build = _turns(LowRankTurns, **turns, seed=seed)
     return learn(base, experts, out, "low_rank", build, hyper, seed=seed, **shared)
 
 
@@ -135,7 +143,7 @@ def split(
         vectors = _task_vectors(problem, models)
         for name, matrix in problem.matrices.items():
             d = torch.stack([vector[name] for vector in vectors.values()]).sum(0).double()
-            acts = side_of(matrix, side)
+            acts = side_of(matrix.shape, side)
             alpha[name] = tangent_projection(models["base"].read(name).double(), d, side=acts)  # type: ignore[arg-type]
             beta[name] = d - alpha[name]
         return Directions(problem.matrices, {"alpha": alpha, "beta": beta})

@@ -24,7 +24,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 def gather(
     expert: Checkpoint,
-    rollouts: Path,
+    rollouts: Path | Sequence[Rollout],
     target: Path,
     *,
     trainer: Mapping[str, Any],
@@ -39,7 +39,7 @@ def gather(
     entry. The matrices of `layers` layers are in memory at a time, for each such group the samples are read again.
     CheckpointError where no matrix is a torch Linear, NumericsError where inputs are not finite.
     """
-    samples = read_rollouts(rollouts, max_tokens=max_tokens)
+    samples = read_rollouts(rollouts, max_tokens=max_tokens) if isinstance(rollouts, Path) else rollouts
     device = "cuda" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "cpu"
     with quiet(), torch.inference_mode():
         model = load_model(expert, frozen_dtype(trainer)).eval().to(device)  # type: ignore[arg-type]

@@ -9,18 +9,25 @@ from typing import Any, Protocol
 
 import torch
 
-from rotrl.align.data import TrainBatches, heldout_batches, load_rollouts, split
+from rotrl.align.data import Rollout, TrainBatches, heldout_batches, load_rollouts, split
 from rotrl.align.family import Family
-from rotrl.align.models import load_models
+from rotrl.align.models import load_models, recompute_layers
 from rotrl.align.module import LogitAlignment
-from rotrl.align.parametrization import Rotations
+from rotrl.align.parametrization import Rotations, Turns
 from rotrl.align.results import write_results
+from rotrl.align.sharing import SHARES, SIDES
 from rotrl.align.source import Problem, pose, refuse_reflections
+from rotrl.align.squares import ActivationAlignment, WeightAlignment
 from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_trainer, measure, quiet, threads_for
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError, ConfigError
 
+OBJECTIVES: dict[str, type[LogitAlignment]] = {
+    "logits": LogitAlignment,
+    "activation": ActivationAlignment,
+    "weight": WeightAlignment,
+}
 WHERE = ("accelerator", "devices", "enable_progress_bar")  # of the trainer: may change between a run and its resumption
 
 
@@ -45,23 +52,32 @@ def learn(
     source: str = "start",
     start: dict[str, Any] | None = None,
     teachers: str | Sequence[str] = "all",
+    mix: Mapping[str, float] | None = None,
+    objective: str = "logits",
     steps: int = 120,
     warmup: int = 5,
     batch: int = 32,
     prompts: int | None = None,
     max_tokens: int | None = None,
     heldout: float = 0.1,
+    patience: int | None = None,
+    validate_every: int = 20,
     checkpoint_every: int = 20,
+    gradient_checkpointing: bool = False,
     adapter: bool = False,
+    adapter_block: int | None = None,
     vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
-    """Changes the linear maps of the source within a family so that the model speaks like the teachers.
+    """Changes the linear maps of the source within a family so that the model becomes like the teachers.
 
-    Minimises `mean_k KL(teacher_k || adapted) + angle_prior sum ||log R||^2`, each teacher on its own samples: one
-    teacher is an alignment, several are multi-teacher distillation, which is a learned merge. Writes
-    rotations.safetensors or deltas.safetensors and align.csv into `out`; an interrupted call, made again, continues
-    from `out/align.ckpt`. `adapter` adds a PEFT adapter of the source. `hyper` is what the family was made from, with
-    its lr. `vectors` are the experts as merges see them, where they are not themselves (`pose`).
+    Minimises `sum_k mix_k L_k + angle_prior sum ||log R||^2`. With `objective=logits` L_k is KL(teacher_k || adapted)
+    on its own samples: one teacher is an alignment, several are multi-teacher distillation, which is a learned merge.
+    With `activation` L_k is the distance of what the linear maps give on teacher_k's own inputs, with `weight` that of
+    the weights, for which no sample is needed (`squares`). Writes rotations.safetensors or deltas.safetensors and
+    align.csv into `out`; an interrupted call, made again, continues from `out/align.ckpt`. `patience` ends the fit
+    after so many looks, one each `validate_every` steps, without a lower KL, at the lowest. `adapter` adds a PEFT
+    adapter of the source (`Family.save_adapter`). `hyper` is what the family was made from, with its lr. `vectors` are
+    the experts as merges see them, where they are not themselves.
 
     KL is in nats per token on problems held out from the fit: `kl_before` of the source, `kl_after` adapted. Angles
     are in degrees. `explained` and `closed_form` are the shares of |source - mean teacher|^2 that the learned weights
@@ -73,53 +89,94 @@ def learn(
     }
     asked = {key: value for key, value in passed.items() if key not in ("build", "hyper")} | hyper
     began = time.monotonic()
-    if hyper.get("init", "identity") not in ("identity", "procrustes"):
-        raise ConfigError(f"align.init={hyper['init']!r}; one of: identity, procrustes")
+    check(asked, sampled=bool(rollouts))
     models = {"base": base, **(vectors or experts)}
-    problem = pose(base, experts, source=source, start=start, teachers=teachers, vectors=vectors)
-    everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
+    problem = pose(base, experts, source=source, start=start, teachers=teachers, mix=mix, vectors=vectors)
+    learnt, kept = samples(problem, asked)
     identity = identify(asked, models)
     resume = resumable(out / CHECKPOINT, identity)
-    learnt, kept = split(everything, seed=seed, heldout=heldout, prompts=prompts)
     with quiet(), threads_for(problem.matrices):
         engine = make_trainer(trainer, out, steps=steps, checkpoint_every=checkpoint_every, progress=progress)
+        made = build(problem, models)
         closed = None
-        if "anchor" in hyper and hyper["side"] != "both":
+        if isinstance(made, Turns) and "anchor" in hyper:
             device = engine.strategy.root_device
-            closed = problem.closed_form(side=hyper["side"], anchor=hyper["anchor"], device=device)
-        module = LogitAlignment(
-            build(problem, models),
-            *load_models(base, problem, frozen_dtype(trainer)),
+            closed = made.closed_form(problem.target, anchor=hyper["anchor"], device=device)
+        solved = made.by_tensor(closed) if isinstance(made, Turns) and closed else None
+        student, frozen = load_models(base, problem, frozen_dtype(trainer))
+        if gradient_checkpointing:
+            recompute_layers(student)
+        module = OBJECTIVES[objective](
+            made,
+            student,
+            frozen,
             train=TrainBatches(learnt, batch=batch, steps=steps * engine.accumulate_grad_batches, seed=seed),
             heldout=heldout_batches(kept, batch=batch),
             lr=hyper["lr"],
             warmup=warmup,
             angle_prior=hyper.get("angle_prior", 0.0),
+            mix=problem.mix,
+            patience=patience,
+            validate_every=validate_every,
             identity=identity,
         )
+        if isinstance(module, WeightAlignment):
+            module.aim(problem, learnt, trainer)
         if adapter:
-            module.family.save_adapter(out / "adapter", problem.folder)
+            made.save_adapter(out / "adapter", problem.folder, adapter_block)
         before = measure(engine, module)
         if hyper.get("init") == "procrustes":
-            if not closed or not isinstance(module.family, Rotations):
+            if not closed or not solved or not isinstance(made, Rotations):
                 raise ConfigError("align.init=procrustes: both sides at once have no closed form; use init=identity")
-            refuse_reflections(closed)
-            module.family.assign(closed)
+            refuse_reflections(solved)
+            made.assign(closed)
         fit(engine, module, resume)
         after = measure(engine, module)
-    result = module.family.cpu()
+    result = made.cpu()
     learned, details = result.export(), result.details()
     if adapter:
-        result.save_adapter(out / "adapter", problem.folder)
-    summary = write_results(out, problem, learned, models, family, "logits", closed=closed, details=details)
+        result.save_adapter(out / "adapter", problem.folder, adapter_block)
+    summary = write_results(out, problem, learned, models, family, objective, closed=solved, details=details)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return summary | {
         "kl_before": before,
         "kl_after": after,
         "curve": module.curve,
+        "validations": module.validations,
         "parameters": sum(part.numel() for part in result.parameters()),
         "seconds": time.monotonic() - began,
     }
+
+
+def check(settings: Mapping[str, Any], *, sampled: bool) -> None:
+    """ConfigError for choices that there are not and for those that need samples where there are none, all at once."""
+    known = {"objective": OBJECTIVES, "init": ("identity", "procrustes"), "side": SIDES, "share": SHARES}
+    faults = [
+        f"align.{key}={settings[key]!r}; one of: {', '.join(choices)}"
+        for key, choices in known.items()
+        if key in settings and settings[key] not in choices
+    ]
+    if not settings.get("samples", True) and settings.get("objective", "weight") != "weight":
+        faults.append(f"align.objective={settings['objective']} needs samples of each teacher; give align.samples")
+    patience, every = settings.get("patience"), settings.get("validate_every", 1)
+    if patience is not None and patience < 1:
+        faults.append(f"align.patience={patience}; give at least 1, or null to run all steps")
+    if patience and not sampled:
+        faults.append(
+            "align.patience looks at the KL on samples, and there are none; give align.samples or leave it out"
+        )
+    if patience and every < 1:
+        faults.append(f"align.validate_every={every}; give a number of steps, at least 1")
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def samples(problem: Problem, asked: Mapping[str, Any]) -> tuple[dict[str, list[Rollout]], dict[str, list[Rollout]]]:
+    """Rollouts of every teacher to learn from and to measure on; none if none are given and none are needed."""
+    if not asked["rollouts"] and asked["objective"] == "weight":
+        return {}, {}
+    everything = load_rollouts(problem.teachers, asked["rollouts"], max_tokens=asked["max_tokens"])
+    return split(everything, seed=asked["seed"], heldout=asked["heldout"], prompts=asked["prompts"])
 
 
 def control_of(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """Frozen transformers models: the student with the source's weights, the teachers with their own."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.errors import CheckpointError
+from rotrl.errors import CheckpointError, ConfigError
 
 
 def load_models(
@@ -16,6 +22,32 @@ def load_models(
     student = load_model(base, dtype)
     _fill(student, problem.state, base)
     return student, {name: load_model(teacher, dtype) for name, teacher in problem.teachers.items()}
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Activations of a decoder layer are computed again in the backward pass instead of kept.
+
+    Not transformers' own: that recomputes with the weights that the module holds by then, while `functional_call` has
+    lent it others for the forward pass.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ConfigError(f"align.gradient_checkpointing: {type(model).__name__} has no `layers`; set it to false")
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer, layer.forward)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    lent: dict[str, Tensor] = dict(layer.named_parameters())
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layer.forward = forward
+        try:
+            return functional_call(layer, lent, args, kwargs)
+        finally:
+            layer.forward = partial(_recomputed, layer, forward)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

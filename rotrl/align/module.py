@@ -18,15 +18,17 @@ from rotrl.align.objective import head_kl
 from rotrl.errors import NumericsError
 
 DRIFT = 1e-5  # orthogonality error above which rotations are projected back
+KEPT = ("identity", "curve", "validations", "best", "spoilt")  # by a checkpoint, beside Lightning's own
 PATIENCE = 5  # steps in a row with a gradient that is not finite, until there is no point in going on
 
 
 class LogitAlignment(pl.LightningModule):
-    """Minimises the mean over teachers of `KL(teacher || adapted)` per token, plus `angle_prior * sum ||log R||^2`.
+    """Minimises `sum_k mix_k KL(teacher_k || adapted)` per token, plus `angle_prior * sum ||log R||^2`.
 
     Each teacher speaks on tokens that it sampled itself. The student's weights outside the adapted matrices stay those
     of the source. RiemannianAdam is Adam for parameters that lie on no manifold. `lr`, which a family's groups may
-    scale, rises over `warmup` steps and falls to 0 along a cosine.
+    scale, rises over `warmup` steps and falls to 0 along a cosine. With `patience` the fit stops after so many
+    looks, one each `validate_every` steps, without a lower KL on the held-out batches, at the parameters of the lowest.
     """
 
     def __init__(
@@ -40,6 +42,9 @@ class LogitAlignment(pl.LightningModule):
         lr: float = 0.0,
         warmup: int = 0,
         angle_prior: float = 0.0,
+        mix: Mapping[str, float] | None = None,
+        patience: int | None = None,
+        validate_every: int = 1,
         identity: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -50,8 +55,12 @@ class LogitAlignment(pl.LightningModule):
             model.eval().requires_grad_(False)
         self.train_batches, self.heldout = train, heldout
         self.lr, self.warmup, self.angle_prior = lr, warmup, angle_prior
+        self.mix = dict(mix or dict.fromkeys(teachers, 1 / len(teachers)))
+        self.patience, self.validate_every = patience, validate_every
         self.identity = dict(identity or {})
         self.curve: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}  # the family's state at the lowest of `validations`
         self.spoilt = 0  # steps in a row that were skipped
 
     @property
@@ -74,34 +83,48 @@ class LogitAlignment(pl.LightningModule):
     def hidden(self, model: PreTrainedModel, batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None):
         """Last hidden states (tokens, hidden) where the next token is a sampled one."""
         prefix = f"{model.base_model_prefix}."
-        given = {name.removeprefix(prefix): weight.to(model.dtype) for name, weight in (weights or {}).items()}
+        given = {name.removeprefix(prefix): weight for name, weight in (weights or {}).items()}
         arguments = {"input_ids": batch["ids"], "use_cache": False}
         return functional_call(model.base_model, given, kwargs=arguments).last_hidden_state[batch["predicts"]]
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
+        loss, figures = self.objective(batch)
+        if self.angle_prior:
+            with self.exactly():
+                loss = loss + self.angle_prior * self.family.prior()
+        self.note(figures)
+        return loss
+
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss without the prior, and the figures that it is made of."""
         adapted = self.adapted()
         kls = {name: self.kl(name, part, adapted) for name, part in batch.items()}
-        with self.exactly():
-            prior = self.family.prior() if self.angle_prior else 0.0
-            self.note(kls)
-        return torch.stack(list(kls.values())).mean() + self.angle_prior * prior
+        loss = torch.stack([self.mix[name] * kl for name, kl in kls.items()]).sum()
+        return loss, {f"kl_{name}": kl.detach() for name, kl in kls.items()}
 
     def adapted(self) -> dict[str, Tensor]:
+        """The adapted weights in the student's dtype."""
         with self.exactly():
-            return self.family()
+            return self.family(self.student.dtype)
 
     def exactly(self) -> torch.autocast:
         """float32 within a mixed-precision step: bfloat16 would swallow small angles."""
         return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
-    def note(self, kls: Mapping[str, Tensor]) -> None:
-        """A row of the curve, as it stands before the step, and the same numbers for bar and loggers."""
-        values = {f"kl_{name}": kl.detach() for name, kl in kls.items()}
-        values |= self.family.measures()
-        self.log_dict(values, prog_bar=True, batch_size=1)
+    def note(self, figures: Mapping[str, Tensor]) -> None:
+        """A row of the curve, as it stands before the step, and the same numbers for bar and loggers.
+
+        What a family measures of itself costs as much as its step: it does so where it is kept.
+        """
         step, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 and (not self.curve or self.curve[-1]["step"] < step):  # once, if gradients accumulate
+        kept = step % every == 0 and (not self.curve or self.curve[-1]["step"] < step)  # once, if gradients accumulate
+        values = dict(figures)
+        if kept or (self.trainer.loggers and (step + 1) % every == 0):
+            with self.exactly():
+                values |= self.family.measures()
+        self.log_dict(values, prog_bar=True, batch_size=1)
+        if kept:
             self.curve.append({"step": step, **{key: float(value) for key, value in values.items()}})
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -109,6 +132,40 @@ class LogitAlignment(pl.LightningModule):
         for name, part in batch.items():
             tokens = int(part["predicts"].sum())
             self.log(f"kl_{name}", self.kl(name, part, adapted), batch_size=tokens, on_step=False, on_epoch=True)
+
+    # the early stop
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look at the held-out batches after this step."""
+        last = self.validations[-1]["step"] if self.validations else 0
+        return self.patience is not None and step % self.validate_every == 0 and step > last
+
+    @torch.no_grad()
+    def look(self, step: int) -> bool:
+        """Measures the held-out KL, keeps the parameters if it is the lowest, tells whether patience is at its end."""
+        sums, tokens = dict.fromkeys(self.teachers, 0.0), dict.fromkeys(self.teachers, 0)
+        with self.trainer.precision_plugin.val_step_context():
+            adapted = self.adapted()
+            for batch in self.heldout:
+                for name, part in self.trainer.strategy.batch_to_device(batch).items():
+                    count = int(part["predicts"].sum())
+                    sums[name] += count * float(self.kl(name, part, adapted))
+                    tokens[name] += count
+        row = {"step": step, **{f"kl_{name}": sums[name] / tokens[name] for name in sums}}
+        if self.mean_kl(row) < min((self.mean_kl(each) for each in self.validations), default=math.inf):
+            self.best = {key: value.cpu().clone() for key, value in self.family.state_dict().items()}
+        self.validations.append(row)
+        lowest = min(range(len(self.validations)), key=lambda index: self.mean_kl(self.validations[index]))
+        return len(self.validations) - 1 - lowest >= (self.patience or 0)
+
+    def mean_kl(self, row: Mapping[str, float]) -> float:
+        """Of the teachers by `mix`; infinite where it is no number."""
+        mean = sum(weight * row[f"kl_{name}"] for name, weight in self.mix.items())
+        return mean if math.isfinite(mean) else math.inf
+
+    def on_train_end(self) -> None:
+        if self.best:
+            self.family.load_state_dict(self.best)
 
     # the optimiser and its guards
 
@@ -140,7 +197,7 @@ class LogitAlignment(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.family.drift() > DRIFT:
+        if self.global_step % self.trainer.log_every_n_steps == 0 and self.family.drift() > DRIFT:  # type: ignore[attr-defined]
             optimizer = self.trainer.optimizers[0]
             for group in optimizer.param_groups:
                 optimizer.stabilize_group(group)  # type: ignore[attr-defined]
@@ -164,10 +221,11 @@ class LogitAlignment(pl.LightningModule):
             model.to(self.device)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rotrl"] = {"identity": self.identity, "curve": self.curve, "spoilt": self.spoilt}
+        checkpoint["rotrl"] = {key: getattr(self, key) for key in KEPT}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curve, self.spoilt = checkpoint["rotrl"]["curve"], checkpoint["rotrl"]["spoilt"]
+        for key in KEPT:
+            setattr(self, key, checkpoint["rotrl"][key])
 
 
 def head(model: PreTrainedModel) -> Tensor:

@@ -2,7 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import geoopt
@@ -10,30 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from rotrl.align.family import Family
+from rotrl.align.manifold import Stiefel
+from rotrl.align.sharing import blocks_of, places
 from rotrl.checkpoint.rotations import Rotation
 from rotrl.errors import ConfigError
 from rotrl.linalg.cayley import cayley
+from rotrl.linalg.procrustes import nearest
 from rotrl.linalg.rotation import orthogonality_error
 
-SIDES = ("small", "left", "right", "both")
 
+@dataclass(frozen=True)
+class Action:
+    """Rotations of a stack that act on one side of a stack of weights: `rows` says which one on each weight."""
 
-class Stiefel(geoopt.EuclideanStiefel):
-    """Stiefel manifold with the Euclidean metric and the polar retraction `(X + U)((X + U)^T (X + U))^{-1/2}`.
+    stack: int
+    side: str
+    inverse: bool
+    rows: tuple[int, ...]
 
-    The polar factor comes from Newton-Schulz steps `Y <- Y (3 I - Y^T Y) / 2`, which square the distance from
-    orthogonality. As `(X + U)^T (X + U) = I + U^T U`, three steps are exact in float32 up to spectral norm .4 of U.
-    Against geoopt's QR at equal time on a CPU: ten times nearer to the geodesic, drift mends itself instead of adding
-    up, and it is nothing but batched products, which is what a GPU is good at.
-    """
-
-    name = "Stiefel(euclidean, polar)"
-
-    def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        y = x + u
-        for _ in range(3):
-            y = 1.5 * y - 0.5 * y @ (y.mT @ y)
-        return y
+    def choose(self, rotations: Tensor) -> Tensor:
+        """(k, d, d) for k weights, (d, d) where all have one in common; likewise with blocks."""
+        if self.rows != tuple(range(len(rotations))):
+            rotations = rotations[self.rows[0]] if len(set(self.rows)) == 1 else rotations[list(self.rows)]
+        return rotations.mT if self.inverse else rotations
 
 
 class Turns(Family):
@@ -41,48 +41,102 @@ class Turns(Family):
 
     `side` is where the rotation acts: `left` (outputs), `right` (inputs), `both`, or `small`, the smaller of the two,
     where the rotation is unique as long as the weight has full rank; square matrices are rotated on the right.
-    `block` makes R block-diagonal with blocks of that size; a matrix with fewer dimensions is one block.
+    `block` makes R block-diagonal with blocks of that size; a matrix with fewer dimensions is one block. `share` says
+    which matrices have a rotation in common (`sharing.places`).
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor], *, side: str = "small", block: int | None = None):
-        super().__init__(matrices)
-        self.stacks: list[tuple[str, tuple[str, ...]]] = []  # side and tensor names of each stack of rotations
-        self.acting: list[list[int]] = []  # stacks of rotations that act on each stack of weights
+    def __init__(
+        self, matrices: Mapping[str, Tensor], *, side: str = "small", block: int | None = None, share: str = "none"
+    ):
+        placed = {name: places(name, matrix.shape, side, share) for name, matrix in matrices.items()}
+        super().__init__(matrices, [tuple((at.side, at.inverse) for at in placed[name]) for name in matrices])
+        self.acting: list[list[Action]] = []  # what acts on each stack of weights
         self.rotations = nn.ParameterList()
+        rows: dict[tuple[Any, ...], dict[str, int]] = {}  # rotations by size, and where they need a stack of their own
+        sizes: dict[tuple[Any, ...], tuple[int, str]] = {}
         for index, names in enumerate(self.shapes):
             self.acting.append([])
-            for acts in sides_of(matrices[names[0]], side):
-                d = matrices[names[0]].shape[0 if acts == "left" else 1]
-                blocks = d // block if block and block < d else 1
-                if d % blocks or (block and blocks > 1 and d % block):
-                    raise ConfigError(f"align.block={block} does not divide the {d} dimensions of '{names[0]}'")
-                self.acting[-1].append(len(self.stacks))
-                self.stacks.append((acts, names))
-                self.begin(len(names), blocks, d // blocks, self.weights(index).dtype)
+            for number, at in enumerate(placed[names[0]]):
+                d = matrices[names[0]].shape[0 if at.side == "left" else 1]
+                key = {"none": (index, at.side), "layer": (d, at.side), "residual": ()}[share]
+                known = sizes.setdefault(key, (d, names[0]))
+                if known[0] != d:
+                    raise ConfigError(f"align.share={share}: '{known[1]}' has {known[0]} dimensions, '{names[0]}' {d}")
+                owners = rows.setdefault(key, {})
+                taken = tuple(owners.setdefault(placed[name][number].owner, len(owners)) for name in names)
+                self.acting[-1].append(Action(list(rows).index(key), at.side, at.inverse, taken))
+        self.stacks = [tuple(owners) for owners in rows.values()]  # names of the rotations of each stack
+        for owners, (d, name) in zip(self.stacks, sizes.values(), strict=True):
+            blocks = self.blocks(d, block, name)
+            self.begin(len(owners), blocks, d // blocks, self.weights(0))
+
+    def blocks(self, d: int, block: int | None, name: str) -> int:
+        return blocks_of(d, block, name)
 
     @abstractmethod
-    def begin(self, k: int, blocks: int, d: int, dtype: torch.dtype) -> None:
+    def begin(self, k: int, blocks: int, d: int, like: Tensor) -> None:
         """Appends the parameters of k rotations of `blocks` blocks (d, d) at the identity."""
 
     @abstractmethod
     def matrix(self, stack: int) -> Tensor:
         """The rotations (k, d, d) of a stack, (k, blocks, d, d) where they are block-diagonal."""
 
+    def matrices(self) -> list[Tensor]:
+        return [self.matrix(stack) for stack in range(len(self.stacks))]
+
     def adapt(self, index: int) -> Tensor:
         weights = self.weights(index)
-        for stack in self.acting[index]:
-            weights = turn(weights, self.matrix(stack), self.stacks[stack][0])
+        for action in self.acting[index]:
+            weights = turn(weights, action.choose(self.matrix(action.stack)), action.side)
         return weights
 
-    @torch.no_grad()
     def export(self) -> dict[str, Rotation]:
         """The rotation of every tensor, detached."""
+        return self.by_tensor(self.matrices())
+
+    @torch.no_grad()
+    def by_tensor(self, rotations: Sequence[Tensor]) -> dict[str, Rotation]:
+        """What stacks of rotations are for every tensor."""
         found: dict[str, dict[str, Tensor]] = {}
-        for stack, (acts, names) in enumerate(self.stacks):
-            for name, rotation in zip(names, self.matrix(stack), strict=True):
-                whole = torch.block_diag(*rotation) if rotation.ndim == 3 else rotation.clone()
-                found.setdefault(name, {})[acts] = whole
-        return {name: Rotation(**sides) for name, sides in found.items()}
+        for names, actions in zip(self.shapes, self.acting, strict=True):
+            for action in actions:
+                for name, row in zip(names, action.rows, strict=True):
+                    own = rotations[action.stack][row]
+                    whole = torch.block_diag(*own) if own.ndim == 3 else own.clone()
+                    found.setdefault(name, {})[action.side] = whole.mT if action.inverse else whole
+        return {name: Rotation(**found[name]) for names in self.shapes for name in names}
+
+    @torch.no_grad()
+    def closed_form(
+        self, target: Callable[[str], Tensor], *, anchor: float, device: torch.device | str = "cpu"
+    ) -> list[Tensor] | None:
+        """Procrustes: stacks (float64) of the orthogonal R that minimise `sum |turned W - target|^2` over what R turns.
+
+        `R = polar(sum T W^T + mu I)` on the left, `W^T T` on the right, `mu = anchor sum |W|^2 / rank`. None where both
+        sides turn, which has no closed form.
+        """
+        if any(len(actions) > 1 for actions in self.acting):
+            return None
+        overlaps = [torch.zeros(part.shape, dtype=torch.float64, device=device) for part in self.matrices()]
+        energies = [torch.zeros(part.shape[:-1], dtype=torch.float64, device=device) for part in overlaps]
+        ranks = [[0] * len(part) for part in overlaps]
+        for index, names in enumerate(self.shapes):
+            (action,) = self.acting[index]
+            for name, row, weight in zip(names, action.rows, self.weights(index), strict=True):
+                w, t = weight.to(device).double(), target(name).to(device).double()
+                w, t = (w, t) if action.side == "left" else (w.mT, t.mT)
+                overlap, energy = overlaps[action.stack][row], energies[action.stack][row]
+                shape = (*energy.shape, w.shape[-1])
+                moment = t.reshape(shape) @ w.reshape(shape).mT
+                # on the right R^T turns W^T, and the transpose of an inverse is R itself
+                overlap += moment if (action.side == "left") != action.inverse else moment.mT
+                energy += w.square().sum(-1).view_as(energy)
+                ranks[action.stack][row] += w.shape[-1]
+        for overlap, energy, rank in zip(overlaps, energies, ranks, strict=True):
+            least = torch.tensor(rank, device=overlap.device).clamp(max=overlap.shape[-1])
+            mu = anchor * energy.sum(-1) / least.view(-1, *[1] * (energy.ndim - 2))
+            overlap.diagonal(dim1=-2, dim2=-1).add_(mu[..., None])
+        return [torch.stack([nearest(part) for part in overlap]).cpu() for overlap in overlaps]
 
     def prior(self) -> Tensor:
         return self.squared_angle()
@@ -92,17 +146,20 @@ class Turns(Family):
 
         The chord stands for the logarithm: no eigenvalue problem, a gradient everywhere, 1 % low at 20 degrees.
         """
-        parts = [self.matrix(stack) for stack in range(len(self.stacks))]
+        parts = self.matrices()
         return torch.stack([(part - torch.eye(part.shape[-1]).to(part)).square().sum() for part in parts]).sum()
 
     def rms_angle(self) -> Tensor:
         """Root mean square angle in radians over all dimensions of all rotations (chord, see `squared_angle`)."""
-        parts = [self.matrix(stack) for stack in range(len(self.stacks))]
-        return (self.squared_angle() / sum(part.numel() // part.shape[-1] for part in parts)).sqrt()
+        return (self.squared_angle() / self.dimensions()).sqrt()
+
+    def dimensions(self) -> int:
+        """Of all rotations together."""
+        return sum(part.numel() // part.shape[-1] for part in self.rotations)
 
     def orthogonality_error(self) -> Tensor:
         """max |R^T R - I| over all rotations."""
-        return torch.stack([orthogonality_error(self.matrix(i)).max() for i in range(len(self.stacks))]).max()
+        return torch.stack([orthogonality_error(part).max() for part in self.matrices()]).max()
 
     def measures(self) -> dict[str, Tensor]:
         return {"angle_rms": self.rms_angle().rad2deg(), "orthogonality_error": self.orthogonality_error()}
@@ -116,8 +173,8 @@ class Rotations(Turns):
     angle in radians.
     """
 
-    def begin(self, k: int, blocks: int, d: int, dtype: torch.dtype) -> None:
-        identity = torch.eye(d, dtype=dtype).expand(*((k, blocks) if blocks > 1 else (k,)), -1, -1).clone()
+    def begin(self, k: int, blocks: int, d: int, like: Tensor) -> None:
+        identity = torch.eye(d).to(like).expand(*((k, blocks) if blocks > 1 else (k,)), -1, -1).clone()
         self.rotations.append(geoopt.ManifoldParameter(identity, manifold=Stiefel()))  # type: ignore[call-arg]
 
     def matrix(self, stack: int) -> Tensor:
@@ -127,12 +184,10 @@ class Rotations(Turns):
         return [{"params": [part], "lr": lr * math.sqrt(part.shape[-1])} for part in self.rotations]
 
     @torch.no_grad()
-    def assign(self, rotations: Mapping[str, Rotation]) -> None:
-        """Moves to the given rotations of all tensors, on the sides where these act."""
-        for (acts, names), part in zip(self.stacks, self.rotations, strict=True):
-            if part.ndim > 3:
-                raise ConfigError("align.init=procrustes: a dense rotation has no blocks; use init=identity")
-            part.copy_(torch.stack([getattr(rotations[name], acts) for name in names]))
+    def assign(self, rotations: Sequence[Tensor]) -> None:
+        """Moves to the given stacks of rotations."""
+        for part, given in zip(self.rotations, rotations, strict=True):
+            part.copy_(given)
 
     @torch.no_grad()
     def drift(self) -> float:
@@ -142,9 +197,9 @@ class Rotations(Turns):
 class CayleyTurns(Turns):
     """`R = (I - Q)^{-1} (I + Q)`, `Q = (A - A^T) / 4`, with every entry of A free, for Adam."""
 
-    def begin(self, k: int, blocks: int, d: int, dtype: torch.dtype) -> None:
+    def begin(self, k: int, blocks: int, d: int, like: Tensor) -> None:
         shape = (k, blocks, d, d) if blocks > 1 else (k, d, d)
-        self.rotations.append(nn.Parameter(torch.zeros(shape, dtype=dtype)))
+        self.rotations.append(nn.Parameter(like.new_zeros(shape)))
 
     def matrix(self, stack: int) -> Tensor:
         a = self.rotations[stack]
@@ -155,55 +210,12 @@ class CayleyTurns(Turns):
         return [{"params": [part], "lr": lr / math.sqrt(part.shape[-1])} for part in self.rotations]
 
 
-class LowRankTurns(Turns):
-    """`R = exp(A B^T - B A^T)` with A and B (d, rank): turns in at most `2 rank` dimensions, `2 d rank` parameters.
-
-    With M = [A, B] and J = [[0, I], [-I, 0]] the generator is M J M^T, so `R = I + M phi(J M^T M) J M^T`,
-    `phi(z) = (exp z - 1) / z`: the exponential is that of a matrix of size 2 rank.
-    """
-
-    def __init__(self, matrices: Mapping[str, Tensor], *, side: str = "small", rank: int = 4, seed: int = 0):
-        if rank < 1:
-            raise ConfigError(f"align.rank={rank}; give a rank of at least 1")
-        self.rank, self.random = rank, torch.Generator().manual_seed(seed)
-        super().__init__(matrices, side=side)
-
-    def begin(self, k: int, blocks: int, d: int, dtype: torch.dtype) -> None:
-        a = torch.randn(k, d, self.rank, generator=self.random, dtype=dtype) / d**0.5
-        self.rotations.append(nn.Parameter(torch.stack([a, torch.zeros_like(a)], 1)))
-
-    def matrix(self, stack: int) -> Tensor:
-        a, b = self.rotations[stack].unbind(1)
-        m, j = torch.cat([a, b], -1), torch.cat([b, -a], -1).mT  # j = J M^T
-        small = j @ m
-        eye = torch.eye(small.shape[-1]).to(small)
-        upper, zeros = torch.cat([small, eye.expand_as(small)], -1), torch.zeros_like(small).repeat(1, 1, 2)
-        phi = torch.linalg.matrix_exp(torch.cat([upper, zeros], -2))[..., : len(eye), len(eye) :]
-        return torch.eye(m.shape[-2]).to(m) + m @ phi @ j
-
-    def groups(self, lr: float) -> list[dict[str, Any]]:
-        """The generator of a first step has rms angle sqrt(2 rank) times the step of an entry of B."""
-        return [{"params": list(self.rotations), "lr": lr / math.sqrt(2 * self.rank)}]
-
-
-def turn(weights: Tensor, rotations: Tensor, acts: str) -> Tensor:
-    """`R W` or `W R` for stacks (k, m, n) and (k, d, d) or, block-diagonal, (k, blocks, d, d)."""
-    if acts == "right":
-        return turn(weights.mT, rotations.mT, "left").mT if rotations.ndim > 3 else weights @ rotations
-    if rotations.ndim == 3:
+def turn(weights: Tensor, rotations: Tensor, side: str) -> Tensor:
+    """`R W` or `W R` for weights (k, m, n) and rotations (k, d, d) or, block-diagonal, (k, blocks, d, d); one rotation
+    for all weights has no k."""
+    whole = rotations.shape[-1] == weights.shape[1 if side == "left" else 2]
+    if side == "right":
+        return weights @ rotations if whole else turn(weights.mT, rotations.mT, "left").mT
+    if whole:
         return rotations @ weights
-    return (rotations @ weights.unflatten(1, rotations.shape[1:3])).flatten(1, 2)
-
-
-def sides_of(matrix: Tensor, side: str) -> tuple[str, ...]:
-    """The sides where a matrix (out, in) is rotated; ConfigError for a side that is none of SIDES."""
-    return ("left", "right") if side == "both" else (side_of(matrix, side),)
-
-
-def side_of(matrix: Tensor, side: str) -> str:
-    """`left` or `right` for a matrix (out, in), of which `both` gives the one of `small`."""
-    if side not in SIDES:
-        raise ConfigError(f"align.side={side!r}; one of: {', '.join(SIDES)}")
-    if side in ("left", "right"):
-        return side
-    return "left" if matrix.shape[0] < matrix.shape[1] else "right"
+    return (rotations @ weights.unflatten(1, rotations.shape[-3:-1])).flatten(1, 2)

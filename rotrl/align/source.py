@@ -7,24 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotrl.align.parametrization import side_of
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.checkpoint.rotations import Rotation
 from rotrl.errors import ConfigError, NumericsError
-from rotrl.linalg.procrustes import procrustes
 
 
 @dataclass(frozen=True)
 class Problem:
     """`state` holds every tensor of the source; `spec` says what it is, as in the metadata of a rotations file.
 
-    `folder` holds the source, None for a merge that stands nowhere.
+    `folder` holds the source, None for a merge that stands nowhere. `mix` weighs the teachers, 1 in all.
     """
 
     spec: dict[str, Any]
     state: dict[str, Tensor]
     teachers: dict[str, Checkpoint]
+    mix: dict[str, float]
     folder: str | None = None
 
     @property
@@ -33,16 +32,9 @@ class Problem:
         return {name: tensor for name, tensor in self.state.items() if role_of(name, tensor.shape).is_matrix}
 
     def target(self, name: str) -> Tensor:
-        """Mean of the teachers in float64: `sum_k |S R - T_k|^2` has its minimiser in common with `|S R - mean|^2`."""
-        return torch.stack([teacher.read(name).double() for teacher in self.teachers.values()]).mean(0)
-
-    def closed_form(self, *, side: str, anchor: float, device: torch.device | str = "cpu") -> dict[str, Rotation]:
-        """Procrustes: the orthogonal matrices (float64) that bring the source's matrices nearest to `target`."""
-        return {name: self._nearest(name, side_of(self.state[name], side), anchor, device) for name in self.matrices}
-
-    def _nearest(self, name: str, side: str, anchor: float, device: torch.device | str) -> Rotation:
-        source, target = self.state[name].to(device).double(), self.target(name).to(device)
-        return Rotation(**{side: procrustes(source, target, side=side, anchor=anchor).cpu()})
+        """Mean of the teachers by `mix`, float64: `sum_k w_k |S R - T_k|^2` has its minimiser in common with it."""
+        parts = [weight * self.teachers[teacher].read(name).double() for teacher, weight in self.mix.items()]
+        return torch.stack(parts).sum(0)
 
 
 def refuse_reflections(rotations: Mapping[str, Rotation]) -> None:
@@ -62,11 +54,13 @@ def pose(
     source: str,
     start: Mapping[str, Any] | None,
     teachers: str | Sequence[str],
+    mix: Mapping[str, float] | None = None,
     vectors: Mapping[str, Checkpoint] | None = None,
 ) -> Problem:
     """Reads or merges the source: "base", an expert's name, or "start", the merge that the config `start` gives.
 
-    Teachers are the experts themselves; as a source and in the start they are what `vectors` says, if it is given.
+    Teachers, weighed by `mix`, are the experts themselves; as a source and in the start they are what `vectors` says,
+    if it is given.
     """
     vectors = vectors or experts
     names = list(experts) if teachers == "all" else [teachers] if isinstance(teachers, str) else list(teachers)
@@ -74,7 +68,7 @@ def pose(
         raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: all, {', '.join(experts)}")
     if not names:
         raise ConfigError("align.teachers is empty; give at least one expert")
-    chosen = {name: experts[name] for name in names}
+    chosen, mixed = {name: experts[name] for name in names}, shares(mix, names)
     if source == "start":
         from rotrl.merge.engine import merge_state
         from rotrl.merge.method import bind
@@ -82,11 +76,21 @@ def pose(
         if not start:
             raise ConfigError("align.source=start needs align.start, the config of a merge; or source=base")
         spec = dict(start)
-        return Problem({"merge": spec}, merge_state(base, vectors, bind(spec, list(vectors))), chosen)
+        return Problem({"merge": spec}, merge_state(base, vectors, bind(spec, list(vectors))), chosen, mixed)
     if source == "base":
-        return Problem({"model": "base"}, {name: base.read(name) for name in base.tensors}, chosen, str(base.path))
+        state = {name: base.read(name) for name in base.tensors}
+        return Problem({"model": "base"}, state, chosen, mixed, str(base.path))
     if source not in experts:
         raise ConfigError(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
     expert = vectors[source]
     state = {name: expert.read(name) for name in expert.tensors}
-    return Problem({"expert": source}, state, chosen, None if expert.derived else str(expert.path))
+    return Problem({"expert": source}, state, chosen, mixed, None if expert.derived else str(expert.path))
+
+
+def shares(mix: Mapping[str, float] | None, teachers: Sequence[str]) -> dict[str, float]:
+    """Weights of the teachers over their sum, equal if `mix` is None."""
+    given = dict.fromkeys(teachers, 1.0) if mix is None else dict(mix)
+    if given.keys() != set(teachers) or not all(weight > 0 for weight in given.values()):
+        raise ConfigError(f"align.mix={given}; give every teacher a weight above 0: {', '.join(teachers)}")
+    total = sum(given.values())
+    return {name: given[name] / total for name in teachers}

@@ -26,6 +26,14 @@ SMALL = 1 << 18  # elements of a matrix
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
+class _Look(pl.Callback):
+    """Early stop as a callback: it runs before the checkpoint of the step is written, Lightning's validation after."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if isinstance(module, LogitAlignment) and module.is_due(trainer.global_step):
+            trainer.should_stop = module.look(trainer.global_step)
+
+
 class _Report(pl.Callback):
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -54,7 +62,7 @@ def make_trainer(
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     # Validation brackets the fit and is not part of it.
     fixed = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1.0, "val_check_interval": None}
-    callbacks: list[pl.Callback] = [keep, *([_Report(progress)] if progress else [])]
+    callbacks: list[pl.Callback] = [keep, _Look(), *([_Report(progress)] if progress else [])]
     arguments = {**silent, **settings, **fixed}
     try:
         trainer = pl.Trainer(**arguments, callbacks=callbacks, default_root_dir=out, check_val_every_n_epoch=10**9)
@@ -99,7 +107,9 @@ def fit(trainer: pl.Trainer, module: LogitAlignment, resume: Path | None) -> Non
 
 
 def measure(trainer: pl.Trainer, module: LogitAlignment) -> dict[str, float]:
-    """KL per teacher on the held-out batches."""
+    """KL per teacher on the held-out batches, of which there may be none."""
+    if not module.heldout:
+        return {}
     with interruptible():
         found = trainer.validate(module, verbose=False)[0]
     return {name: found[f"kl_{name}"] for name in module.teachers}

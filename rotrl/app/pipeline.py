@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rotrl.app import descent, provenance
 from rotrl.app.accuracy import accuracy_of
-from rotrl.app.prepare import Prepared, check_evaluation, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, check_fit, prepare
 from rotrl.app.stage import Stages, digest, source_digest
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
@@ -67,6 +67,7 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
     if done_before(record, prepared.digest, cfg, console):
         return record.data
     check_evaluation(prepared)
+    check_fit(prepared)
     check_targets(prepared, folder)
     settle(cfg, prepared.digest, prepared.weights, folder, record.data)
     one_thread_for_small_matrices(prepared)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rotrl.app import descent
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, check_evaluation, methods_of, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, check_fit, methods_of, prepare
 from rotrl.errors import RotrlError
 
 
@@ -29,8 +29,10 @@ def show_plan(cfg: dict[str, Any]) -> None:
         return
     prepared = prepare(cfg)
     check_evaluation(prepared)
+    check_fit(prepared)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
+    _memory(prepared, console)
     _descent(prepared, console)
     _merges(prepared, console)
     _evaluation(cfg, 1 + len(prepared.experts) + len(prepared.methods), console)
@@ -74,6 +76,18 @@ def _align_details(align: Mapping[str, Any] | None) -> str:
     told = [f"{key} {align[key]}" for key in keys if key in align]
     told += [f"control {label}" for label in align.get("controls") or {}]
     return " (" + ", ".join(told) + ")"
+
+
+def _memory(prepared: Prepared, console: Console) -> None:
+    """What a fit holds on its device at most."""
+    align, trainer = prepared.cfg["align"], prepared.cfg["trainer"]
+    if not align or "steps" not in align:
+        return
+    from rotrl.align.memory import plan_memory
+
+    planned = plan_memory(prepared.base, prepared.teachers(), list(prepared.experts), align, trainer)
+    told = ", ".join(f"{what} {size / 1e9:.3g}" for what, size in planned.items())
+    console.print(f"  memory    {sum(planned.values()) / 1e9:.3g} GB at most: {told}", highlight=False)
 
 
 def _descent(prepared: Prepared, console: Console) -> None:

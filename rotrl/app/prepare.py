@@ -172,6 +172,20 @@ def check_patterns(base: Checkpoint, methods: Mapping[str, Method]) -> None:
         raise ConfigError("; ".join(dict.fromkeys(faults)))
 
 
+def check_fit(prepared: Prepared) -> None:
+    """Choices of the alignment that there are not, and a family that can't be built in the shapes of the models, are
+    found now. Imports the stage."""
+    align = prepared.cfg["align"]
+    if not align:
+        return
+    from rotrl.align.learn import check
+    from rotrl.align.memory import paper_family
+
+    check(align, sampled=bool(align.get("samples")))
+    if "steps" in align:
+        paper_family(prepared.base, list(prepared.experts), align)
+
+
 def check_evaluation(prepared: Prepared) -> None:
     """What can't be asked of all models alike, or not by the protocol, or of no engine, is found now. Imports
     transformers."""

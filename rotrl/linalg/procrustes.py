@@ -31,14 +31,18 @@ def procrustes(source: Tensor, target: Tensor, *, side: str, anchor: float = 0.0
         raise ValueError(f"side is 'left' or 'right', not {side!r}")
     s, t = source.double(), target.double()
     mu = anchor * s.square().sum((-2, -1)) / min(s.shape[-2:])
-    m = s.mT @ t + torch.diag_embed(mu[..., None].expand(*mu.shape, s.shape[-1]))
+    return nearest(s.mT @ t + torch.diag_embed(mu[..., None].expand(*mu.shape, s.shape[-1]))).to(source)
+
+
+def nearest(m: Tensor) -> Tensor:
+    """The R in O(n) that maximises `tr(R^T m)`: polar(m), on a null space of m the one nearest to I."""
     u, values, vh = _svd(m)
     floor = values[..., :1] * max(m.shape[-2:]) * torch.finfo(m.dtype).eps
     null = (values <= floor).to(m)[..., None, :]
     # On the null space every completion is a minimiser; the one nearest to I is the polar factor of the overlap of
     # the two null spaces, which both projectors together give without knowing their dimension.
     overlap = (u * null) @ u.mT @ (vh.mT * null) @ vh
-    return polar((u * (1 - null)) @ vh + overlap if null.any() else u @ vh).to(source)
+    return polar((u * (1 - null)) @ vh + overlap if null.any() else u @ vh)
 
 
 def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -129,14 +129,28 @@ def geodesic_aligned(
     if not torch.equal(source, first):
         raise ConfigError("the rotations apply to other weights than the first expert's; align with source=<first>")
     r = rotation or Rotation()
-    sides = (None if side is None else part_of_the_way(side.double(), t) for side in (r.left, r.right))
     whole = r.apply(first.double())
-    return (Rotation(*sides).apply(first.double()) + t * (second - whole)).to(base)
+    return (_power(r, t).apply(first.double()) + t * (second - whole)).to(base)
 
 
-def learned(base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | Delta | None) -> Tensor:
-    """What the align stage learned, applied to the weights that it was learned for; the rest as it is there."""
-    return source if rotation is None else rotation.apply(source).to(base)
+def learned(
+    base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | Delta | None, t: float = 1.0
+) -> Tensor:
+    """On the way to what the align stage learned: `S R^t`, or `S + t delta` where that is no rotation.
+
+    S are the weights that it was learned for, and the whole way is t = 1. The rest is as it is there.
+    """
+    if rotation is None:
+        return source
+    if isinstance(rotation, Delta):
+        return Delta(t * rotation.delta).apply(source).to(base)
+    return (rotation if t == 1 else _power(rotation, t)).apply(source).to(base)
+
+
+def _power(rotation: Rotation, t: float) -> Rotation:
+    """The part t of the way from the identity, in float64."""
+    sides = (rotation.left, rotation.right)
+    return Rotation(*(None if side is None else part_of_the_way(side.double(), t) for side in sides))
 
 
 def _conflicting(w0: Tensor, ws: Sequence[Tensor]) -> list[Tensor]:

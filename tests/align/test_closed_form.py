@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from rotrl.align.closed_form import procrustes
-from rotrl.align.parametrization import side_of
+from rotrl.align.parametrization import Rotations
+from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem, pose, refuse_reflections
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.checkpoint.rotations import Rotation, open_rotations
 from rotrl.errors import NumericsError
 from rotrl.linalg.rotation import exp
+
+
+def closed_form(problem: Problem, *, side: str, anchor: float) -> dict[str, Rotation]:
+    family = Rotations(problem.matrices, side=side)
+    found = family.closed_form(problem.target, anchor=anchor)
+    assert found is not None
+    return family.by_tensor(found)
 
 
 def save_double(base: Checkpoint, weights: dict[str, Tensor], folder: Path) -> Checkpoint:
@@ -40,10 +48,10 @@ def test_planted_rotations_come_back(pair, tmp_path: Path, angle: float, side: s
         planted[name] = exp((a - a.mT) * angle / torch.linalg.matrix_norm(a - a.mT, 2))
         turned[name] = Rotation(**{acts: planted[name]}).apply(weight.double())
     expert = save_double(base, turned, tmp_path / "expert")
-    found = Problem(source.spec, source.state, {"expert": expert}).closed_form(side=side, anchor=0.0)
+    found = closed_form(pose(base, {"e": expert}, source="base", start=None, teachers="all"), side=side, anchor=0.0)
     assert len(planted) > 5
     for name, truth in planted.items():
-        rotation = getattr(found[name], side_of(source.state[name], side))
+        rotation = getattr(found[name], side_of(source.state[name].shape, side))
         assert (rotation - truth).abs().max() < 1e-8
 
 
@@ -69,12 +77,12 @@ def test_without_rollouts_no_model_runs(call, tmp_path: Path):
 def test_no_random_orthogonal_step_brings_the_source_nearer(pair):
     base, experts, _ = pair
     problem = pose(base, experts, source="base", start=None, teachers="all")
-    found = problem.closed_form(side="small", anchor=0.0)
+    found = closed_form(problem, side="small", anchor=0.0)
     torch.manual_seed(0)
     for name, rotation in found.items():
         source, target = problem.state[name].double(), problem.target(name)
         best = (rotation.apply(source) - target).norm()
-        acts = side_of(source, "small")
+        acts = side_of(source.shape, "small")
         for size in (1e-3, 1e-1):
             a = size * torch.randn_like(getattr(rotation, acts))
             moved = Rotation(**{acts: exp(a - a.mT) @ getattr(rotation, acts)})
@@ -89,7 +97,7 @@ def test_a_reflection_is_refused_by_name(pair, tmp_path: Path):
     expert = save_double(base, {name: base.read(name).double() * mirror}, tmp_path / "expert")
     problem = pose(base, {"expert": expert}, source="base", start=None, teachers="all")
     with pytest.raises(NumericsError, match=rf"^{name}: the Procrustes solution is a reflection"):
-        refuse_reflections(problem.closed_form(side="small", anchor=0.0))
+        refuse_reflections(closed_form(problem, side="small", anchor=0.0))
     refuse_reflections(
-        pose(base, {"e": base}, source="base", start=None, teachers="all").closed_form(side="small", anchor=0)
+        closed_form(pose(base, {"e": base}, source="base", start=None, teachers="all"), side="small", anchor=0)
     )

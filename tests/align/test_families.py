@@ -11,11 +11,12 @@ from torch import Tensor
 from rotrl.align.deltas import Directions, Free, LowRank
 from rotrl.align.family import Family
 from rotrl.align.fit import cayley, coefficients, free, lora, low_rank, split, stiefel
-from rotrl.align.parametrization import CayleyTurns, LowRankTurns, Rotations
+from rotrl.align.low_rank import LowRankTurns
+from rotrl.align.parametrization import CayleyTurns, Rotations
 from rotrl.align.results import learned_file
 from rotrl.checkpoint.rotations import Rotation, open_rotations
 from rotrl.errors import CheckpointError, ConfigError
-from rotrl.linalg.rotation import exp
+from rotrl.linalg.rotation import exp, log
 from rotrl.merge.engine import merge_state
 from rotrl.merge.method import bind
 
@@ -79,7 +80,7 @@ def test_low_rank_turns_are_the_exponential_of_their_generator():
     with torch.no_grad():
         for part in family.parameters():
             part.add_(0.3 * torch.randn_like(part))
-    for stack, (_, names) in enumerate(family.stacks):
+    for stack, names in enumerate(family.stacks):
         a, b = family.rotations[stack].detach().unbind(1)
         found = family.matrix(stack).detach()
         torch.testing.assert_close(found, exp(a @ b.mT - b @ a.mT), rtol=0, atol=1e-12)
@@ -191,3 +192,28 @@ def test_deltas_of_another_shape_are_named(pair, tmp_path: Path):
     save_rotations(tmp_path / "d.safetensors", {name: Delta(torch.zeros(2, 3))}, {"source": '{"model": "base"}'})
     with pytest.raises(CheckpointError, match=r"'model.*\.delta' has shape \[2, 3\], the base has one of \[16, 16\]"):
         merge_state(base, experts, bind(LEARNED, list(experts)), tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("function", [stiefel, lora])
+def test_the_way_to_what_was_learned_can_be_walked(function, call, pair, tmp_path: Path):
+    """At t = 0 the start, at t = 1 the end; rotations halve as rotations do, deltas as vectors."""
+    base, experts, _ = pair
+    call(function, tmp_path, source="start", start=START, lr=0.02, **HYPER)
+    file = learned_file(tmp_path)
+    state = {t: merge_state(base, experts, bind({**LEARNED, "t": t}, list(experts)), file) for t in (0.0, 0.5, 1.0)}
+    start = merge_state(base, experts, bind(START, list(experts)))
+    opened = open_rotations(tmp_path / file.name)  # type: ignore[union-attr]
+    for name in opened.names:
+        torch.testing.assert_close(state[0.0][name], start[name], rtol=0, atol=1e-6)
+        found = opened.get(name)
+        assert found is not None
+        torch.testing.assert_close(state[1.0][name], found.apply(start[name]), rtol=0, atol=1e-6)
+        middle = (start[name] + state[1.0][name]) / 2
+        if not isinstance(found, Rotation):
+            torch.testing.assert_close(state[0.5][name], middle, rtol=0, atol=1e-6)
+            continue
+        r = found.left if found.right is None else found.right
+        half = exp(log(r.double()) / 2)  # type: ignore[union-attr]
+        turned = half @ start[name].double() if found.right is None else start[name].double() @ half
+        torch.testing.assert_close(state[0.5][name].double(), turned, rtol=0, atol=1e-6)
+        assert torch.linalg.matrix_norm(state[0.5][name] - middle) > 1e-6
