@@ -42,7 +42,7 @@ def nearest(m: Tensor) -> Tensor:
     # On the null space every completion is a minimiser; the one nearest to I is the polar factor of the overlap of
     # the two null spaces, which both projectors together give without knowing their dimension.
     overlap = (u * null) @ u.mT @ (vh.mT * null) @ vh
-    return polar((u * (1 - null)) @ vh + overlap if null.any() else u @ vh)
+    return polar((u * (1 - null)) @ vh + overlap) if null.any() else _polish(u @ vh)
 
 
 def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,6 +50,11 @@ def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NumericsError("NaN or Inf in a matrix whose singular values are needed; check the weights")
     try:
         return torch.linalg.svd(m, full_matrices=False)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        pass  # LAPACK's divide and conquer does not converge on some matrices, and mostly does on the transposes
+    try:
+        u, s, vh = torch.linalg.svd(m.mT, full_matrices=False)
+        return vh.mT, s, u.mT
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericsError(f"the singular value decomposition failed ({error}); check the weights") from error
 

@@ -77,10 +77,16 @@ def kappa(W0: Tensor | Basis, D: Tensor, *, side: Side) -> Tensor:
 
 
 def tangent_projection(W0: Tensor | Basis, D: Tensor, *, side: Sides) -> Tensor:
-    """P_T D, the update of a first-order rotation of W0 nearest to D in Frobenius norm; dtype and shape of D."""
-    frame = basis(W0)
+    """P_T D, the update of a first-order rotation of W0 nearest to D in Frobenius norm; dtype and shape of D.
+
+    One side needs the eigenvectors of the smaller Gram matrix of W0 only: with r = min(m, n) nothing larger than r x r
+    is decomposed, in float64. A `Basis` in place of W0 saves even that.
+    """
     if side == "right":
-        return tangent_projection(frame.mT, D.mT, side="left").mT
+        return tangent_projection(W0.mT, D.mT, side="left").mT
+    if not isinstance(W0, Basis) and side == "left":
+        return _left_projection(W0, D)
+    frame = basis(W0)
     if side == "both" and D.shape[-2] < D.shape[-1]:
         return tangent_projection(frame.mT, D.mT, side="both").mT
     U, s, V = frame
@@ -93,6 +99,29 @@ def tangent_projection(W0: Tensor | Basis, D: Tensor, *, side: Sides) -> Tensor:
     if U.shape[-2] > s.shape[-1]:
         columns = columns + (image - U @ T) * (s > 0).unsqueeze(-2)
     return (columns @ V.mT).to(D.dtype)
+
+
+def _left_projection(W0: Tensor, D: Tensor) -> Tensor:
+    """`A W0` where `G A + A G = D W0^T - W0 D^T`, `G = W0 W0^T`; of a tall W0 what is left of D without its stretch.
+
+    All that no left rotation of a tall W0 reaches is W0 X with a symmetric X, `G X + X G = W0^T D + D^T W0` and
+    `G = W0^T W0`, and what D does to the null space of W0.
+    """
+    w, d = W0.double(), D.double()
+    tall = w.shape[-2] > w.shape[-1]
+    energies, axes = torch.linalg.eigh(w.mT @ w if tall else w @ w.mT)
+    energies = energies.clamp_min(0.0)
+    present = energies > max(w.shape[-2:]) * torch.finfo(energies.dtype).eps * energies[..., -1:]
+    total = energies.unsqueeze(-1) + energies.unsqueeze(-2)
+    weight = torch.where(present.unsqueeze(-1) | present.unsqueeze(-2), 1 / total, 0.0)
+    image = axes.mT @ (w.mT @ d if tall else d @ w.mT) @ axes
+    solution = axes @ (weight * (image + image.mT if tall else image - image.mT)) @ axes.mT
+    if not tall:
+        return solution.to(D) @ W0.to(D)
+    rest = D - W0.to(D) @ solution.to(D)
+    if present.all():
+        return rest
+    return rest @ (axes * present.unsqueeze(-2) @ axes.mT).to(D)
 
 
 def tangent_part(c: Coordinates, *, side: Side) -> Coordinates:

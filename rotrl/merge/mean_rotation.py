@@ -6,13 +6,14 @@ R_k and E_k as in `rotation`, weights are divided by their sum. All three agree 
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from rotrl.errors import NumericsError
-from rotrl.linalg.procrustes import polar, procrustes
-from rotrl.linalg.rotation import exp, geodesic, log
-from rotrl.merge.linear import shares, weighted_sum
-from rotrl.merge.rotation import lie_sum, on_the_right
+from rotrl.linalg.small import turns
+from rotrl.linalg.turns import Turn, Turns
+from rotrl.merge.linear import shares
+from rotrl.merge.rotation import lie_sum, on_the_right, with_residuals
 from rotrl.merge.types import Matrix, NonNegative, Side, Within
 
 Weights = Sequence[float] | None
@@ -48,15 +49,17 @@ def karcher_rotation(
     """Riemannian mean R of the rotations: `W0 R^scale + scale residual_scale mean E_k`.
 
     R solves `sum w_k log(R^T R_k) = 0`, iterated as `R <- R exp(sum w_k log(R^T R_k))` until the step's norm is below
-    `tol`. NumericsError where it is not within `max_iter` steps.
+    `tol` (in float32 below 1e-6 of the rotation's). NumericsError where it is not within `max_iter` steps.
     """
 
-    def mean(rotations: Sequence[Tensor], w: Sequence[float]) -> Tensor:
-        r = polar(weighted_sum(rotations, w))
+    def mean(found: Turns, rotations: Sequence[Turn], w: Sequence[float]) -> Turn:
+        r = found.polar(found.combined(rotations, w))
         for _ in range(max_iter):
-            step = weighted_sum([log(r.mT @ other) for other in rotations], w)
-            r = r @ exp(step)
-            if step.norm() < tol:
+            back = Turn(r.theta.mT, r.of)
+            between = [found.compose(back, found.combined([other])) for other in rotations]
+            step = found.combined([found.log(found.inverse_cayley(x)) for x in between], w)
+            r = found.compose(r, found.exp(step, rows=step.theta.shape[-1]))
+            if step.theta.norm() < max(tol, 8 * torch.finfo(r.theta.dtype).eps * float(r.theta.norm())):
                 return r
         raise NumericsError(f"no mean rotation within {max_iter} steps; use merge=chordal or a larger anchor")
 
@@ -78,14 +81,14 @@ def chordal(
     The residuals' mean is multiplied by `residual_scale` too.
     """
 
-    def mean(rotations: Sequence[Tensor], w: Sequence[float]) -> Tensor:
-        return polar(weighted_sum(rotations, w))
+    def mean(found: Turns, rotations: Sequence[Turn], w: Sequence[float]) -> Turn:
+        return found.polar(found.combined(rotations, w))
 
     return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor)
 
 
 def _averaged(
-    mean: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
+    mean: Callable[[Turns, Sequence[Turn], Sequence[float]], Turn],
     base: Tensor,
     experts: Sequence[Tensor],
     scale: float,
@@ -96,11 +99,14 @@ def _averaged(
 ) -> Tensor:
     w = shares(weights, len(experts), positive=True)
 
-    def rotate(w0: Tensor, *ws: Tensor) -> list[Tensor]:
-        rotations = [procrustes(w0, w, side="right", anchor=anchor) for w in ws]
-        whole = mean(rotations, w)
-        return [w0 @ (whole if scale == 1 else geodesic(whole, scale)), *(w0 @ r for r in rotations)]
+    def merged(w0: Tensor, *ws: Tensor) -> Tensor:
+        vectors = [x - w0 for x in ws]
+        found = turns(w0, vectors, anchor=anchor)
+        whole = mean(found, [found.whole(q) for q in found.generators], w)
+        if scale != 1:
+            generator = found.log(found.inverse_cayley(whole))
+            whole = found.exp(found.combined([generator], [scale]))
+        rows = Turn(whole.theta[..., : found.rank, :], whole.of)
+        return w0 + with_residuals(found, rows, vectors, [scale * residual_scale * x for x in w])
 
-    turned, *explained = on_the_right(rotate, [base, *experts], side)
-    rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
-    return (turned + scale * residual_scale * weighted_sum(rest, w)).to(base)
+    return on_the_right(merged, [base, *experts], side)

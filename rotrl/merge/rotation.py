@@ -1,7 +1,7 @@
 """Merges by rotations of the base or of an expert. W is (out, in); a right rotation is W R, a left one R W.
 
-In closed form R_k minimises `|W0 R - W_k|^2 + mu |R - I|^2` (linalg.procrustes), and E_k = W_k - W0 R_k is the residual
-that no rotation explains. Solved in float64.
+R_k minimises `|W0 R - W_k|^2 + mu |R - I|^2` (linalg.small), and E_k = W_k - W0 R_k is the residual that no rotation
+explains. A left rotation is a right one of the transposed matrices.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError
-from rotrl.linalg.cayley import cayley, inverse_cayley
-from rotrl.linalg.procrustes import polar, procrustes
-from rotrl.linalg.rotation import exp, log
 from rotrl.linalg.rotation import geodesic as part_of_the_way
+from rotrl.linalg.small import exact_turns, turns
 from rotrl.linalg.tangent import tangent_projection
-from rotrl.merge.linear import task_arithmetic, weighted_sum
+from rotrl.linalg.turns import Turn, Turns
+from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
 from rotrl.merge.subspace import tsv_m
 from rotrl.merge.types import Density, Matrix, NonNegative, Pair, Side
@@ -63,21 +62,27 @@ def orthomerge(
     R_k turns W0 to W0 plus the rows of d_k (columns, on the left side) whose cosine with the mean row is negative.
     """
 
-    def rotate(w0: Tensor, *ws: Tensor) -> list[Tensor]:
-        targets = ws if variant == "global" else _conflicting(w0, ws)
-        rotations = [procrustes(w0, w, side="right", anchor=anchor) if anchor else polar(w0.mT @ w) for w in targets]
-        generators = [inverse_cayley(r) for r in rotations]
-        total = weighted_sum(generators)
-        length = torch.stack([q.norm() for q in generators]).mean()
+    def merged(w0: Tensor, *ws: Tensor) -> Tensor:
+        vectors = [w - w0 for w in ws]
+        updates = vectors if variant == "global" else _conflicting(vectors)
+        found = turns(w0, updates, anchor=anchor) if anchor else exact_turns(w0, updates, anchor=0.0, published=True)
+        lengths = torch.stack([found.length(q) for q in found.generators])
+        total = found.combined(found.generators)
+        mean, length = lengths.mean(0), found.length(total)
         # Generators that cancel have no mean direction.
-        q = total * (length / total.norm()) if total.norm() > 1e-12 * length else torch.zeros_like(total)
-        return [w0 @ cayley(scale * q), *(w0 @ r for r in rotations)]
+        direction = torch.where(length > 1e-12 * mean, mean / length, 0.0)
+        rotated = found.cayley(total._replace(theta=scale * direction * total.theta))
+        explained = [found.cayley(q) for q in found.generators]
+        amount = scale * residual_scale
+        if residual == "task_arithmetic":
+            moved = found.move(found.combined([rotated, *explained], [1.0] + [-amount] * len(ws)))
+            return w0 + moved + amount * weighted_sum(vectors)
+        rest = [d - found.move(part).to(d) for d, part in zip(vectors, explained, strict=True)]
+        options = {"density": density} if residual == "ties" else {}
+        merge = {"ties": ties, "tsv_m": tsv_m}[residual]
+        return w0 + found.move(rotated) + merge(torch.zeros_like(w0), rest, scale=amount, **options)
 
-    turned, *explained = on_the_right(rotate, [base, *experts], side, frame=anchor > 0)
-    rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
-    merge = {"task_arithmetic": task_arithmetic, "ties": ties, "tsv_m": tsv_m}[residual]
-    options = {"density": density} if residual == "ties" else {}
-    return (turned + merge(torch.zeros_like(turned), rest, scale=scale * residual_scale, **options)).to(base)
+    return on_the_right(merged, [base, *experts], side)
 
 
 def lie_sum(
@@ -92,14 +97,14 @@ def lie_sum(
 ) -> Tensor:
     """Sum in the Lie algebra: `W0 exp(scale sum w_k log R_k) + scale residual_scale sum w_k E_k`."""
 
-    def rotate(w0: Tensor, *ws: Tensor) -> list[Tensor]:
-        rotations = [procrustes(w0, w, side="right", anchor=anchor) for w in ws]
-        generator = weighted_sum([log(r) for r in rotations], weights)
-        return [w0 @ exp(scale * generator), *(w0 @ r for r in rotations)]
+    def merged(w0: Tensor, *ws: Tensor) -> Tensor:
+        vectors = [w - w0 for w in ws]
+        found = turns(w0, vectors, anchor=anchor)
+        shares = [scale * weight for weight in weights or [1.0] * len(ws)]
+        rotated = found.exp(found.combined([found.log(q) for q in found.generators], shares))
+        return w0 + with_residuals(found, rotated, vectors, [residual_scale * share for share in shares])
 
-    turned, *explained = on_the_right(rotate, [base, *experts], side)
-    rest = [expert - part for expert, part in zip(experts, explained, strict=True)]
-    return (turned + scale * residual_scale * weighted_sum(rest, weights)).to(base)
+    return on_the_right(merged, [base, *experts], side)
 
 
 def geodesic(
@@ -110,12 +115,20 @@ def geodesic(
     t = 0 is A and t = 1 exactly B: at its ends nothing is merged. R is the closed form from W_A to W_B.
     """
 
-    def rotate(first: Tensor, second: Tensor) -> list[Tensor]:
-        r = procrustes(first, second, side="right", anchor=anchor)
-        return [first @ part_of_the_way(r, t), first @ r]
+    def merged(first: Tensor, second: Tensor) -> Tensor:
+        vectors = [second - first]
+        found = turns(first, vectors, anchor=anchor)
+        rotated = found.exp(found.combined([found.log(found.generators[0])], [t]))
+        return first + with_residuals(found, rotated, vectors, [t])
 
-    turned, explained = on_the_right(rotate, experts, side)
-    return (turned + t * (experts[1] - explained)).to(base)
+    return on_the_right(merged, experts, side)
+
+
+def with_residuals(found: Turns, rotated: Turn, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`W0 (R - I) + sum w_k E_k` with the rows of V in R - I and `E_k = d_k - W0 (R_k - I)`."""
+    explained = [found.cayley(q) for q in found.generators]
+    moved = found.move(found.combined([rotated, *explained], [1.0, *(-weight for weight in weights)]))
+    return moved + weighted_sum(vectors, weights)
 
 
 def geodesic_aligned(
@@ -153,24 +166,22 @@ def _power(rotation: Rotation, t: float) -> Rotation:
     return Rotation(*(None if side is None else part_of_the_way(side.double(), t) for side in sides))
 
 
-def _conflicting(w0: Tensor, ws: Sequence[Tensor]) -> list[Tensor]:
-    vectors = [w - w0 for w in ws]
+def _conflicting(vectors: Sequence[Tensor]) -> list[Tensor]:
     mean = weighted_sum(vectors)
-    return [w0 + d * ((d * mean).sum(1, keepdim=True) < 0) for d in vectors]
+    return [d * ((d * mean).sum(-1, keepdim=True) < 0) for d in vectors]
 
 
-def on_the_right(
-    rule: Callable[..., list[Tensor]], matrices: Sequence[Tensor], side: Side, *, frame: bool = True
-) -> list[Tensor]:
-    """`rule` on float64 matrices of which it rotates the right side; a left rotation is a right one of the transposes.
-
-    No rotation that minimises leaves the joint row space of the matrices, so where that is smaller than the space
-    (k, v, down) the rule works on coordinates in it: 4608 instead of 8960 columns for down and two experts.
-    """
+def on_the_right(rule: Callable[..., Tensor], matrices: Sequence[Tensor], side: Side) -> Tensor:
+    """`rule`, which rotates the right side of the first of the matrices, on `side`; in their dtype."""
     if side == "left":
-        return [m.mT for m in on_the_right(rule, [m.mT for m in matrices], "right", frame=frame)]
-    matrices = [m.double() for m in matrices]
-    if not frame or sum(len(m) for m in matrices) >= matrices[0].shape[1]:
-        return rule(*matrices)
-    rows, _ = torch.linalg.qr(torch.cat(matrices).mT)
-    return [m @ rows.mT for m in rule(*(m @ rows for m in matrices))]
+        return on_the_right(rule, [m.mT for m in matrices], "right").mT.contiguous()
+    return rule(*matrices).to(matrices[0])
+
+
+def how(shape: Sequence[int], side: Side) -> str:
+    """What a rotation on this side of a matrix turns, in words for the plan."""
+    outputs, inputs = shape
+    size, other, what = (inputs, outputs, "columns") if side == "right" else (outputs, inputs, "rows")
+    if size <= other:
+        return f"{side} side, {size} {what}"
+    return f"{side} side, {size} {what} by {other} x {other} matrices in the space of base and experts"

@@ -8,14 +8,25 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotrl.checkpoint.rotations import Rotation
 from rotrl.errors import ConfigError, NumericsError
+from rotrl.linalg import small
 from rotrl.linalg.rotation import exp
 from rotrl.linalg.tangent import generator, tangent_projection
 from rotrl.merge import rotation
 from rotrl.merge.linear import task_arithmetic
-from rotrl.merge.rotation import geodesic, geodesic_aligned, learned, lie_sum, orthomerge, split_task_arithmetic
+from rotrl.merge.rotation import (
+    geodesic,
+    geodesic_aligned,
+    how,
+    learned,
+    lie_sum,
+    orthomerge,
+    split_task_arithmetic,
+)
 from rotrl.merge.subspace import iso_c, tsv_m
 
 SHAPES = [(5, 5), (2, 9), (3, 7), (8, 3)]
@@ -214,6 +225,18 @@ def test_one_expert_at_scale_1_and_any_at_scale_0(side, shape, function):
     np.testing.assert_allclose(run(function, base, experts, scale=0.0, **hyper), base, atol=1e-12)
 
 
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return made
+
+
 def slope(difference):
     return math.log10(difference(1e-2) / difference(1e-3))
 
@@ -266,18 +289,31 @@ def test_unanchored_reflections_are_refused():
 
 
 @SIDED
+@SHAPED
 @pytest.mark.parametrize("function", [orthomerge, lie_sum, geodesic])
-def test_coordinates_in_the_joint_row_space_change_nothing(function, side, monkeypatch):
-    shape = (2, 11) if side == "right" else (11, 2)
-    base, experts = models(shape)
-    in_frame = run(function, base, experts, side=side)
-    sizes = []
-    whole = rotation.on_the_right
-    monkeypatch.setattr(rotation, "on_the_right", lambda *a, **k: whole(*a, **(k | {"frame": False})))
-    solve = rotation.procrustes
-    monkeypatch.setattr(rotation, "procrustes", lambda s, t, **k: sizes.append(s.shape) or solve(s, t, **k))
-    np.testing.assert_allclose(in_frame, run(function, base, experts, side=side), atol=1e-10)
-    assert set(sizes) == {(2, 11)}
+def test_large_updates_are_solved_exactly(function, side, shape, monkeypatch):
+    """By singular values where the update is not small; both ways give the same merge."""
+    base, experts = models(shape, seed=1)
+    quick = run(function, base, experts, side=side)
+    monkeypatch.setattr(small, "small_turns", lambda *a, **k: None)
+    np.testing.assert_allclose(quick, run(function, base, experts, side=side), atol=1e-10)
+
+
+@SIDED
+@pytest.mark.parametrize("function", [orthomerge, lie_sum, geodesic, split_task_arithmetic])
+def test_no_matrix_is_larger_than_the_models(function, side):
+    """A rotation of the long side would be 90 x 90."""
+    shape = (4, 90) if side == "right" else (90, 4)
+    base, experts = models(shape, size=1e-3)
+    with Largest() as largest:
+        run(function, base, experts, side=side)
+    assert largest.entries <= 3 * 4 * 90
+
+
+def test_the_plan_says_which_side_and_how():
+    assert how((8960, 1536), "right") == "right side, 1536 columns"
+    assert how((8960, 1536), "left").startswith("left side, 8960 rows by 1536 x 1536 matrices")
+    assert how((1536, 8960), "right").startswith("right side, 8960 columns by 1536 x 1536 matrices")
 
 
 def planted(shape, left=True, right=True):
