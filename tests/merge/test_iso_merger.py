@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rotrl.errors import ConfigError
 from rotrl.linalg.rotation import exp
+from rotrl.merge import iso_merger as iso
 from rotrl.merge.iso_merger import coefficients, iso_merger
 
 SEEDS = st.integers(0, 10**6)
@@ -118,23 +119,41 @@ def test_one_rotated_expert_is_that_expert_to_second_order(shape, run):
     assert math.log10(difference(1e-3) / difference(1e-4)) > 1.9
 
 
-def test_published_coefficients_scatter_and_repaired_ones_do_not():
-    """Experts apart in the tangent space have c = 1 when their moves are tangent, not when they are cut out of it."""
-    rng = np.random.default_rng(0)
-    moves = [torch.tensor(rng.standard_normal(4000)) for _ in range(2)]
-    assert coefficients(moves, 1e-12, 1.5) == pytest.approx([1, 1], abs=0.05)
-    assert coefficients([moves[0], moves[0]], 1e-12, 1.5) == pytest.approx([0.5, 0.5])
-    assert coefficients([moves[0], -0.9 * moves[0] + 0.1 * moves[1]], 0.0, 1.5) == [1.5, 1.5]
+@pytest.mark.parametrize("shape", [(48, 48), (32, 80), (80, 32)])
+def test_published_coefficients_scatter_and_repaired_ones_do_not(shape, monkeypatch):
+    """Updates that are orthogonal as tangent vectors have c = 1, but for what cutting without projecting adds."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(6):
+        base, experts = gapped(seed, shape, size=1e-4)
+        for reproject, all_of_them in found.items():
+
+            def spied(*args, into=all_of_them):
+                into += (c := coefficients(*args))
+                return c
+
+            monkeypatch.setattr(iso, "coefficients", spied)
+            iso_merger(torch.tensor(base), [torch.tensor(e) for e in experts], reproject=reproject)
+    repaired, published = (np.array(found[reproject]) for reproject in (True, False))
+    np.testing.assert_allclose(repaired, 1, atol=0.1)
+    assert np.abs(published - 1).mean() > np.abs(repaired - 1).mean()
+
+
+def test_coefficients_share_what_is_common_and_are_clipped():
+    x, y = torch.eye(2).double()
+    for moves, expected in (([x, y], [1, 1]), ([x, x], [0.5, 0.5]), ([x, 0.1 * y - 0.9 * x], [1.5, 1.5])):
+        both = torch.stack(moves)
+        assert coefficients(both @ both.mT, 0.0, 1.5) == pytest.approx(expected)
 
 
 def test_first_order_needs_no_gaps(run):
     """Equal singular values: the experts' frames are arbitrary there, and their means lose most of the update."""
     rng = np.random.default_rng(0)
-    base = np.linalg.qr(rng.standard_normal((8, 8)))[0]
-    experts = [base + 1e-4 * rng.standard_normal((8, 8)) for _ in range(2)]
-    update = np.linalg.norm(experts[0] - base)
+    base = np.linalg.qr(rng.standard_normal((24, 24)))[0]
+    experts = [base + 1e-4 * rng.standard_normal((24, 24)) for _ in range(2)]
+    update, hyper = np.linalg.norm(experts[0] - base), {"keep": 1.0, **F64}
     by_frames, at_first_order = (
-        np.linalg.norm(run(iso_merger, base, experts, solver=s, **F64) - base) / update for s in ("svd", "first_order")
+        np.linalg.norm(run(iso_merger, base, experts, solver=s, **hyper) - base) / update
+        for s in ("svd", "first_order")
     )
     assert at_first_order == pytest.approx(2**0.5, rel=0.1)
     assert by_frames < 0.6
