@@ -110,14 +110,18 @@ def _merges(prepared: Prepared, console: Console) -> None:
     from rotrl.merge.engine import plan_merge
 
     table, total, warnings = Table("merge", "scale", "reads of the inputs", "GB at most"), 0, []
+    turned: list[str] = []
     for label, method in prepared.methods.items():
         plan = plan_merge(prepared.base, prepared.experts, method, dtype=prepared.cfg["dtype"])
         total += plan["bytes"]
+        turned += [f"{label}: {', '.join(modules)}: {told}" for told, modules in plan["rotations"].items()]
         warnings += [f"{label}: {text}" for text in plan["warnings"]]
         scale = "ignores merge_scale" if plan["scale"] is None else str(plan["scale"])
         table.add_row(label, scale, str(plan["passes"]), f"{plan['bytes'] / 1e9:.3f}")
     if prepared.methods:
         console.print(table)
+    for text in turned:
+        console.print(f"  rotates   {text}", highlight=False, markup=False)
     if prepared.gram is not None:
         _grams(prepared, prepared.gram, console)
     free = shutil.disk_usage(_existing(Path(prepared.cfg["output"] or "."))).free

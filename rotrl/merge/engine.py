@@ -14,7 +14,7 @@ from torch import Tensor
 import rotrl
 from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
-from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.layout import MATRICES, Role, role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
@@ -25,6 +25,7 @@ from rotrl.merge.chunks import ENTRIES
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
 from rotrl.merge.method import Method
+from rotrl.merge.rotation import how
 from rotrl.merge.stream import Stream, devices
 from rotrl.merge.target import check_space, fingerprint, reusable
 
@@ -37,7 +38,10 @@ NUMBERS = 3  # raised whenever the same configuration gives other numbers than b
 def plan_merge(
     base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, *, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What a merge will do, by headers: tensors by role, bytes, scale (None without), passes, peak memory, warnings."""
+    """What a merge will do, by headers: tensors by role, bytes, scale (None without), passes, peak memory, warnings.
+
+    `rotations` maps how a matrix is turned, in words, to the modules that are.
+    """
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
     sizes = {name: math.prod(info.shape) for name, info in base.tensors.items()}
@@ -61,9 +65,20 @@ def plan_merge(
         "dtype": dtype,
         "scale": method.scale,
         "passes": method.passes,
+        "rotations": _rotations(base, method, roles),
         "peak_bytes": max(held) * 4 * (2 * len(experts) + 4),
         "warnings": warnings,
     }
+
+
+def _rotations(base: Checkpoint, method: Method, roles: Mapping[str, Role]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, role in roles.items():
+        shape = base.tensors[name].shape
+        side = method.side(name, role) if method.acts_on(role, len(shape)) else None
+        if side is not None and role.module not in (modules := found.setdefault(how(shape, side), [])):
+            modules.append(role.module)
+    return {told: sorted(modules, key=[*MATRICES, *modules].index) for told, modules in found.items()}
 
 
 def merge_state(

@@ -19,7 +19,7 @@ from rotrl.merge.linear import interpolation, linear, task_arithmetic
 from rotrl.merge.scale import Merged, at_scale
 from rotrl.merge.statistics import Statistics
 from rotrl.merge.summary import Summary
-from rotrl.merge.types import Matrix, Pair, Rows
+from rotrl.merge.types import Matrix, Pair, Rows, Side
 
 SCOPES = ("matrices", "all")
 GIVEN = ("rotation", "source", "merged", "statistics", "summary", "grams")  # by the engine, not by the configuration
@@ -77,6 +77,12 @@ class Method:
     def passes(self) -> int:
         """How often the inputs are read: once, and once more for each method in the stack that needs statistics."""
         return (self.of.passes if self.of else 1) + (self.statistics() is not None)
+
+    def side(self, tensor: str, role: Role) -> Side | None:
+        """The side of a matrix that it, or the method under it, rotates in closed form."""
+        values = self.per_layer.get("side", {})
+        own = value_at(values, self.hyper.get("side"), tensor, role, None)
+        return self.of.side(tensor, role) if own is None and self.of else own
 
     def acts_on(self, role: Role, dims: int) -> bool:
         """Whether the function merges this tensor; the linear rule does otherwise."""

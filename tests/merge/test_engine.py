@@ -336,6 +336,10 @@ def test_plan_from_headers(trio, method, halves):
     assert (plan["by_method"], plan["by_linear_rule"]) == (14, 6)
     assert plan["bytes"] == 4 * plan["parameters"]
     assert plan["warnings"] == []
+    assert plan["rotations"]["right side, 16 columns"] == ["q", "o", "gate", "up"]
+    assert plan_merge(*trio, method("linear"))["rotations"] == {}
+    left = method("orthomerge", per_layer={"side": {"q": "left"}})
+    assert plan_merge(*trio, left)["rotations"]["left side, 16 rows"] == ["q"]
     base, experts = halves(1e-2)
     assert plan_merge(base, experts, method("linear"), dtype="bfloat16")["bytes"] == 2 * plan["parameters"]
     mixed = plan_merge(trio[0], experts, method("linear"))
