@@ -38,7 +38,7 @@ def svc(
 def subspace_boosting(base: Matrix, experts: Sequence[Tensor], *, merged: Tensor, beta: Share = 0.01) -> Tensor:
     """Raises the singular values of `W - W0` below the cut to the cut. arXiv 2506.16506.
 
-    The cut is the first singular value at which the cumulated share of their sum reaches beta. At the published .01
+    The cut is the first singular value at which the cumulated share of their sum reaches beta. At the default .01
     that is mostly the largest, so that all become equal to it: choose the scale of `of` accordingly.
     """
     u, s, vh = torch.linalg.svd((merged - base).double(), full_matrices=False)
