@@ -155,7 +155,7 @@ def _wide_generator(t: Tensor, gram: Tensor, s: Tensor, mu: Tensor) -> tuple[Ten
         return (k + z - z.mT) / pairs, y, x
 
     y = torch.diag_embed((half / single)[..., 0])
-    size = (_norm(k / pairs).square() + 2 * (y @ gram * y).sum((-2, -1))).sqrt()
+    size = (_norm(k / pairs).square() + 2 * (y @ gram * y).sum((-2, -1)).clamp(min=0)).sqrt()
     found = _iterated(step, (k / pairs, y, torch.zeros_like(k)), [size, _norm(y)])
     if found is None or not _definite(torch.diag_embed(energies[..., 0]) + e - half * gram * half.mT / mu):
         return None

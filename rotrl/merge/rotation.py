@@ -184,4 +184,4 @@ def how(shape: Sequence[int], side: Side) -> str:
     size, other, what = (inputs, outputs, "columns") if side == "right" else (outputs, inputs, "rows")
     if size <= other:
         return f"{side} side, {size} {what}"
-    return f"{side} side, {size} {what} by {other} x {other} matrices in the space of base and experts"
+    return f"{side} side, {size} {what} by {other} x {other} matrices"
