@@ -68,7 +68,7 @@ class Prepared:
         if self.cfg["align"] is None:
             return []
         chosen = self.cfg["align"].get("teachers", "all")
-        return list(self.experts) if chosen == "all" else list(chosen)
+        return list(self.experts) if chosen == "all" else [chosen] if isinstance(chosen, str) else list(chosen)
 
     @property
     def samples(self) -> dict[str, Any] | None:
