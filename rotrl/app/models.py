@@ -73,8 +73,6 @@ def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, 
     controls = {name: find(f"controls.{name}", spec) for name, spec in (cfg.get("controls") or {}).items()}
     if problems:
         raise CheckpointError("; ".join(problems))
-    if not experts:
-        raise CheckpointError("models.experts is empty; give at least one: 'models.experts={math: DIR, code: DIR}'")
     return base, experts, controls
 
 

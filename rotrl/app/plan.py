@@ -25,7 +25,7 @@ def show_plan(cfg: dict[str, Any]) -> None:
         methods, _ = methods_of(cfg)
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)
-        _evaluation(cfg, 1 + len(cfg["models"]["experts"]) + len(methods), console)
+        _evaluation(cfg, 1 + len(cfg["models"].get("experts") or {}) + len(methods), console)
         return
     prepared = prepare(cfg)
     check_evaluation(prepared)

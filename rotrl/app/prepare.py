@@ -99,6 +99,7 @@ def content_digest(task: Task) -> str:
 def prepare(cfg: dict[str, Any]) -> Prepared:
     """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
     cfg = {**cfg, "align": with_start(cfg["align"])}
+    check_experts(cfg)
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
@@ -111,6 +112,15 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
+
+
+def check_experts(cfg: Mapping[str, Any]) -> None:
+    """Without experts a base can only be evaluated."""
+    if not cfg["models"].get("experts") and (cfg["merge"] or cfg["align"] or any(cfg["evidence"].values())):
+        raise ConfigError(
+            "models.experts is empty; give at least one: 'models.experts={math: DIR, code: DIR}', or evaluate the base "
+            "alone: evidence=none align=none merge=none"
+        )
 
 
 def with_start(align: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -240,7 +250,7 @@ def check_align(prepared: Prepared) -> None:
         raise ConfigError(
             f"merge {waiting[0]!r} applies rotations and align is none; choose align=stiefel or procrustes"
         )
-    first = next(iter(prepared.experts))
+    first = next(iter(prepared.experts), None)
     for label, method in prepared.methods.items():
         if method.name == "geodesic_aligned" and prepared.cfg["align"]["source"] != first:
             raise ConfigError(f"merge {label!r} starts at the first expert; choose align.source={first}")
