@@ -75,7 +75,9 @@ def test_what_was_typed_stands_above_the_old_configuration() -> None:
         "evaluation": {"path": None, "margin": 0.02, "select": None},
         "protocol": {"n": 8, "ks": [1, 4]},
     }
-    now |= dict.fromkeys(("run_dir", "cache_dir", "output", "plan_only", "overwrite", "debug", "logger", "doctor"))
+    now |= dict.fromkeys(
+        ("run_dir", "cache_dir", "output", "plan_only", "overwrite", "debug", "logger", "doctor", "device")
+    )
     now |= {"seed": 0, "verify": None, "regrade": "RUN"}
     found = as_typed(old, now, ["regrade=RUN", "protocol.ks=[1,4]"])
     assert found["protocol"] == {"n": 4, "ks": [1, 4]}
