@@ -42,6 +42,7 @@ WHY = {
     "slerp": "there linear for tensors whose cosine is above .9995",
     "breadcrumbs": "there counts are rounded down: one entry more or less in small tensors",
     "breadcrumbs_ties": "the same",
+    "arcee_fusion": "there the KL of rows is rounded to float32, which alone moves the mask by as much",
 }
 OWN_WEIGHT = ("density", "gamma")  # of each model, in mergekit's configuration
 
