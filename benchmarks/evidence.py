@@ -1,4 +1,5 @@
 """Geometry of one 1.5B layer on random weights: python benchmarks/evidence.py [full|fast] [MODULE ...]
+or lineage of checkpoints, beside a plain read of their files: python benchmarks/evidence.py lineage BASE EXPERT EXPERT
 
 Prints CPU seconds of each matrix in one thread, the largest memory of the process, and minutes of 28 layers (196
 matrices), extrapolated from this one layer: on one core, and on two of which the second halves the time.
@@ -6,12 +7,16 @@ matrices), extrapolated from this one layer: on one core, and on two of which th
 
 import resource
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
 
+from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.config import compose
+from rotrl.evidence.lineage import lineage
 from rotrl.evidence.measure import Settings, measure
 
 LAYERS = 28
@@ -26,7 +31,26 @@ SHAPES = {
 }
 
 
+def speed_of_lineage(base: str, *experts: str) -> None:
+    folders = [Path(folder) for folder in (base, *experts)]
+    files = [file for folder in folders for file in folder.glob("*.safetensors")]
+    size, start = sum(file.stat().st_size for file in files) / 1e9, time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+    read = time.perf_counter() - start
+    root, *tuned = (open_checkpoint(folder) for folder in folders)
+    start, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as out:
+        found = lineage(root, {folder.name: model for folder, model in zip(folders[1:], tuned, strict=True)}, Path(out))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(f"{size:.1f} GB: read {read:.1f} s, lineage {seconds:.1f} s ({cpu:.1f} CPU s): {found['verdict']}")
+
+
 def main(preset: str = "full", *modules: str) -> None:
+    if preset == "lineage":
+        return speed_of_lineage(*modules)
     torch.set_num_threads(1)
     name = {"full": "geometry", "fast": "fast"}[preset]
     chosen = instantiate(compose([f"evidence={name}"]).evidence.geometry).keywords

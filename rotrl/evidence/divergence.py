@@ -19,8 +19,11 @@ def load_model(checkpoint: Checkpoint) -> Any:
     """The transformers model of a checkpoint in float32, frozen."""
     from transformers import AutoModelForCausalLM
 
+    from rotrl.align.trainer import quiet
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+        with quiet():  # a bar of its own would tear the run's
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: transformers can't load it ({error}); check config.json") from error
     model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
