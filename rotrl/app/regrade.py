@@ -13,6 +13,7 @@ from rotrl.app.prepare import PRESENTATION, content_digest, load_tasks
 from rotrl.app.stage import digest, source_digest
 from rotrl.errors import ConfigError
 from rotrl.evaluate.completions import Row, read_completions, read_samples
+from rotrl.evaluate.published import rule
 from rotrl.evaluate.regrade import check, roles_of
 from rotrl.evaluate.regrade import regrade as grade
 from rotrl.report.record import Record
@@ -44,6 +45,8 @@ def regrade(cfg: dict[str, Any], overrides: list[str], given: Path | None, comma
         cfg = as_typed(old["config"], cfg, overrides)
     if cfg["evaluation"] is None:
         raise ConfigError("evaluation is none: samples are graded by the answers of its tasks; choose one")
+    if (grader := cfg["protocol"].get("grader")) is not None:
+        rule(grader)
     tasks = load_tasks(cfg)
     found = of_run(Path(cfg["regrade"]), old) if old else of_files(cfg, tasks)
     check(found.samples, tasks, cfg["protocol"].get("ks") or ())

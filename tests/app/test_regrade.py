@@ -57,6 +57,11 @@ def test_completions_are_graded_and_graded_again_without_an_engine(tmp_path: Pat
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert not (tmp_path / "outputs/cache/engine.log").exists()
 
+    wrong = rotrl(tmp_path, f"regrade={run}", "protocol.grader=deepscalr")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: protocol.grader: 'deepscalr' is unknown")
+    assert set((tmp_path / "outputs/t").iterdir()) == {run, new}
+
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     write(tmp_path / "problems.jsonl", PROBLEMS)
