@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import geoopt
 import torch
+from shapes import SHAPES
 
 from rotrl.align.deltas import Free, LowRank
 from rotrl.align.family import Family
@@ -24,15 +25,6 @@ from rotrl.align.low_rank import LowRankTurns
 from rotrl.align.manifold import Stiefel
 from rotrl.align.parametrization import Rotations
 
-SHAPES = {
-    "q": (1536, 1536),
-    "k": (256, 1536),
-    "v": (256, 1536),
-    "o": (1536, 1536),
-    "gate": (8960, 1536),
-    "up": (8960, 1536),
-    "down": (1536, 8960),
-}
 BATCH = 8 * 2048  # tokens
 FAMILIES: dict[str, Callable[[dict[str, torch.Tensor]], Family]] = {
     "lora": LowRank,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from shapes import SHAPES
 
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.config import compose
@@ -20,15 +21,6 @@ from rotrl.evidence.lineage import lineage
 from rotrl.evidence.measure import Settings, measure
 
 LAYERS = 28
-SHAPES = {
-    "q": (1536, 1536),
-    "k": (256, 1536),
-    "v": (256, 1536),
-    "o": (1536, 1536),
-    "gate": (8960, 1536),
-    "up": (8960, 1536),
-    "down": (1536, 8960),
-}
 
 
 def speed_of_lineage(base: str, *experts: str) -> None:

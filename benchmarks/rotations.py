@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from shapes import SHAPES
 from torch import Tensor
 
 from rotrl.linalg.spectrum import basis
@@ -23,15 +24,6 @@ from rotrl.merge.method import bind
 from rotrl.merge.rotation import how
 
 LAYERS, UPDATE, EXPERTS = 28, 8e-4, ("math", "code")
-SHAPES = {
-    "q": (1536, 1536),
-    "k": (256, 1536),
-    "v": (256, 1536),
-    "o": (1536, 1536),
-    "gate": (8960, 1536),
-    "up": (8960, 1536),
-    "down": (1536, 8960),
-}
 CONF = Path(__file__).parents[1] / "conf" / "merge"
 
 

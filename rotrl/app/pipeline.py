@@ -1,61 +1,24 @@
 """The stages in order. Each reads the files of those before it and ends in files of its own."""
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rotrl.app import descent, provenance
 from rotrl.app.accuracy import accuracy_of
+from rotrl.app.job import Run
 from rotrl.app.prepare import Prepared, check_evaluation, check_fit, prepare
-from rotrl.app.stage import Stages, digest, source_digest
+from rotrl.app.run_folder import anchored, done_before, finish, settle
+from rotrl.app.samples import free_gpu, grams, rollouts
+from rotrl.app.stage import Stages, digest
+from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import on_disk
-from rotrl.errors import ConfigError
 from rotrl.merge.target import check_target
 from rotrl.report.record import Record
-
-
-@dataclass
-class Run:
-    """What the stages share: the checked input, the run folder, the record and the terminal."""
-
-    prepared: Prepared
-    folder: Path
-    record: Record
-    stages: Stages
-    console: Console
-    files: dict[str, Path] | None = None  # samples of the experts, once a stage has asked for them
-
-    @property
-    def cfg(self) -> dict[str, Any]:
-        return self.prepared.cfg
-
-    @property
-    def cache(self) -> Path:
-        return Path(self.cfg["cache_dir"])
-
-    def log(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
-
-    def bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        return bar(self.console, title)
-
-
-@contextmanager
-def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; gives the callable (done, total) that moves it."""
-    columns = (TextColumn("{task.description:<22}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]:
@@ -96,16 +59,6 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
     return record.data
 
 
-def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Console) -> bool:
-    """Shows a run that has nothing left to do."""
-    done = record.data.get("status") == "done" and record.data["digest"] == digest and not cfg["overwrite"]
-    if done:
-        folder = record.path.parent
-        console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
-        show(record.data, console)
-    return done
-
-
 def as_folders(prepared: Prepared) -> Prepared:
     """Adapters and padded models as folders, where a stage loads models by their folder."""
     cfg, cache = prepared.cfg, Path(prepared.cfg["cache_dir"])
@@ -119,18 +72,6 @@ def check_targets(prepared: Prepared, folder: Path) -> None:
     """Refuses outputs that no merge may take, while nothing is done yet."""
     for label in prepared.methods:
         check_target(target_of(prepared, folder, label), [prepared.base, *prepared.experts.values()])
-
-
-def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Path, old: dict[str, Any]) -> None:
-    """Makes the run folder. One that the user named and that holds another run is refused, naming what differs; in a
-    multirun, which numbers its folders, the older run is moved aside."""
-    numbered = folder != Path(cfg["run_dir"] or "")
-    if old and (cfg["overwrite"] or (numbered and old["digest"] != digest)):
-        folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
-    elif old and old["digest"] != digest:
-        changed = provenance.differing_keys(old, cfg, weights)
-        raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def one_thread_for_small_matrices(prepared: Prepared) -> None:
@@ -168,7 +109,7 @@ def evidence(job: Run) -> None:
     if settings.get("function"):
         files = rollouts(job) or {}
         chosen = {key: value for key, value in settings["function"].items() if key != "samples"}
-        inputs = [chosen, models.weights, {n: file_hash(f) for n, f in files.items()}, job.cfg["seed"]]
+        inputs = [chosen, models.weights, {n: file_sha256(f) for n, f in files.items()}, job.cfg["seed"]]
         if chosen.get("accuracy"):
             inputs += [job.cfg["protocol"], job.cfg["engine"]]
 
@@ -187,48 +128,6 @@ def evidence(job: Run) -> None:
     job.record.data["warnings"] += notes
     if not job.cfg["models"].get("rebase"):
         job.record.data["warnings"] += descent.warnings(found, models.methods)
-
-
-def rollouts(job: Run) -> dict[str, Path] | None:
-    """Samples of every expert that a stage needs, on its own prompts, made once by vLLM and kept by weight hash."""
-    models = job.prepared
-    if not models.prompts or job.files:
-        return job.files
-    from rotrl.evaluate.rollouts import rollouts as sample
-
-    settings = models.samples or {}
-    start, began = time.monotonic(), time.time()
-    with job.bar("rollouts") as progress:
-        files = sample(
-            {name: models.experts[name].path for name in models.prompts},
-            models.prompts,
-            weights=models.weights,
-            n=settings["n"],
-            sampling=settings["sampling"],
-            engine=job.cfg["engine"],
-            cache=job.cache,
-            seed=job.cfg["seed"],
-            base=models.base.path,
-            progress=progress,
-        )
-    free_gpu()
-    key, reused = (
-        digest({n: file_hash(f) for n, f in files.items()}),
-        all(f.stat().st_mtime < began for f in files.values()),
-    )
-    job.stages.record("rollouts", key, time.monotonic() - start, reused=reused)
-    job.files = files
-    return files
-
-
-def free_gpu() -> None:
-    """The engine holds most of the GPU's memory, and what comes next needs it."""
-    import torch
-
-    from rotrl.evaluate.engine import close_shared_engine
-
-    if torch.cuda.is_available():
-        close_shared_engine()
 
 
 def align(job: Run) -> None:
@@ -255,7 +154,7 @@ def fit(
     models, shared = job.prepared, {"trainer": job.cfg["trainer"], "seed": job.cfg["seed"]}
     inputs = [settings, *shared.values(), models.weights, {n: vector.sha256 for n, vector in models.vectors.items()}]
     shared["vectors"] = models.vectors
-    inputs.append({name: file_hash(path) for name, path in (files or {}).items()})
+    inputs.append({name: file_sha256(path) for name, path in (files or {}).items()})
 
     def produce(out: Path) -> dict[str, Any]:
         with job.bar(name) as progress:
@@ -297,31 +196,6 @@ def merge(job: Run) -> None:
         job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
         job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
         job.record.save()
-
-
-def grams(job: Run) -> dict[str, Path] | None:
-    """Gram matrices of every expert's samples, if a merge needs them; made once, kept by weights and samples."""
-    models = job.prepared
-    if models.gram is None:
-        return None
-    from rotrl.align.gram import gather
-
-    # The weights that are merged are those whose inputs count, re-based and in their own gauge.
-    vectors = {name: on_disk(vector, job.cache) for name, vector in models.vectors.items()}
-    job.prepared = replace(models, vectors=vectors)
-    began, files, folders, reused = time.monotonic(), rollouts(job) or {}, {}, True
-    settings = {key: value for key, value in models.gram.items() if key != "samples"}
-    followed = [settings.get("max_tokens"), job.cfg["trainer"].get("precision"), source_digest(("checkpoint", "align"))]
-    for name, expert in vectors.items():
-        key = digest([expert.sha256, file_hash(files[name]), *followed])
-        folders[name] = job.cache / "grams" / f"{name}-{key[:16]}"
-        if not folders[name].is_dir():  # appears whole or not at all
-            reused = False
-            with job.bar(f"gram {name}") as progress:
-                gather(expert, files[name], folders[name], trainer=job.cfg["trainer"], progress=progress, **settings)
-    key = digest({name: folder.name for name, folder in folders.items()})
-    job.stages.record("grams", key, time.monotonic() - began, reused=reused)
-    return folders
 
 
 def target_of(prepared: Prepared, folder: Path, label: str) -> Path:
@@ -366,36 +240,3 @@ def evaluate(job: Run) -> None:
     data["stages"] = job.stages.done
     data["stages"]["evaluate"] |= {k: result[k] for k in ("generated", "reused", "tokens_per_second")}
     job.log(f"evaluate: {result['generated']} samples generated, {result['reused']} reused")
-
-
-def anchored(data: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
-    """Published bands and training windows beside the scores of a record."""
-    from rotrl.evaluate.anchors import beside
-
-    ids, merges = provenance.identities(cfg, data["models"]), data.get("merges") or {}
-    return beside(data["scores"], ids, list(merges), cfg["evaluation"]["tasks"], cfg["protocol"])
-
-
-def finish(record: Record, folder: Path, console: Console, logger: dict[str, Any] | None) -> None:
-    """The record is complete; the figures, the page, the table and W&B are projections of it."""
-    from rotrl.report import figures, html, tracker
-
-    data = record.data
-    data |= {"status": "done", "finished": provenance.now()}
-    record.save()
-    figures.draw(data, folder)
-    page = html.render(data, folder)
-    show(data, console)
-    console.print(f"report: {page}", highlight=False, markup=False)
-    if logger:
-        tracker.log(data, folder, logger)
-
-
-def show(record: dict[str, Any], console: Console) -> None:
-    from rotrl.report import table
-
-    table.show(record, console)
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

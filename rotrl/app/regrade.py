@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from rotrl.app import provenance
-from rotrl.app.pipeline import anchored, bar, done_before, file_hash, finish, settle
+from rotrl.app.job import bar
 from rotrl.app.prepare import PRESENTATION, content_digest, load_tasks
+from rotrl.app.run_folder import anchored, done_before, finish, settle
 from rotrl.app.stage import digest, source_digest
+from rotrl.checkpoint.files import file_sha256
 from rotrl.errors import ConfigError
 from rotrl.evaluate.completions import Row, read_completions, read_samples
 from rotrl.evaluate.published import rule
@@ -52,7 +54,7 @@ def regrade(cfg: dict[str, Any], overrides: list[str], given: Path | None, comma
     check(found.samples, tasks, cfg["protocol"].get("ks") or ())
     settings = {key: value for key, value in cfg.items() if key not in (*PRESENTATION, "models", "regrade")}
     asked = [content_digest(task) for task in tasks]
-    key = digest([settings, [file_hash(f) for f in found.files], found.roles, asked, source_digest(("evaluate",))])
+    key = digest([settings, [file_sha256(f) for f in found.files], found.roles, asked, source_digest(("evaluate",))])
     if cfg["plan_only"]:
         return console.print(f"{found.origin}\n{found.size}; tasks {', '.join(t.name for t in tasks)}", highlight=False)
     folder = given or Path("outputs") / cfg["name"] / key[:12]

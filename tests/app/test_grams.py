@@ -12,9 +12,11 @@ from rich.console import Console
 
 from rotrl import config
 from rotrl.app.descent import settled
-from rotrl.app.pipeline import Run, grams, merge
+from rotrl.app.job import Run
+from rotrl.app.pipeline import merge
 from rotrl.app.plan import show_plan
 from rotrl.app.prepare import prepare
+from rotrl.app.samples import grams
 from rotrl.app.stage import Stages
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import ConfigError
