@@ -42,12 +42,12 @@ def show_table() -> None:
 
     from rich.console import Console
 
-    from rotrl.report.html import render_protocols
-    from rotrl.report.table import sweep_table
+    from rotrl.report.sweep_page import render_sweep
+    from rotrl.report.sweep_table import sweep_table
 
     paths = [p for p in folder.glob("*/record.json") if p.parent.name.isdigit()]
     records = [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.parent.name))]
     if records:
         sweep_table(records, console := Console())
-        if page := render_protocols(records, folder):
+        if page := render_sweep(records, folder):
             console.print(f"report: {page}", highlight=False, markup=False)

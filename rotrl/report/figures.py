@@ -14,6 +14,7 @@ from rotrl.report.paint import STYLE
 from rotrl.report.redact import redact
 from rotrl.report.score_figures import alignment, task_means, tasks_scatter
 from rotrl.report.spectrum_figures import angle_spectra, calibration
+from rotrl.report.sweep_figures import curves
 
 Draw = Callable[[Mapping[str, Any], Path], Figure | None]
 PLAIN = {"Date": None, "Creator": None}  # nothing in the file that changes from run to run
@@ -28,6 +29,7 @@ FIGURES: dict[str, Draw] = {
     "alignment": alignment,
     "tasks_scatter": tasks_scatter,
     "task_means": task_means,
+    "curves": curves,
 }
 
 

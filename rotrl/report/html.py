@@ -11,11 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rotrl.checkpoint.files import whole_file
-from rotrl.evaluate.output import write_csv
 from rotrl.report import words
+from rotrl.report.curves import by_value
 from rotrl.report.notes import notes
 from rotrl.report.paint import BLUE, INK, MUTED, PAPER, RULE
-from rotrl.report.protocols import COLUMNS, protocol_rows
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Standings, number, paired, standings
 
@@ -35,6 +34,8 @@ FIGURES = {
     "dose_response": "The same along the update and along its rotation; at t = 1 the update is the expert's matrices.",
     "restored": "What is left of the skill with the base's singular vectors put back into these ranks or layers, "
     "beside as much energy taken out of the update at random.",
+    "curves": "Mean over the tasks at each value of what was swept, with its interval over problems; the bands are the "
+    "extremes over seeds. Dashed: the best merge that it does not change, and each expert on its own task.",
     "alignment": "Divergence of the rotated model from its teachers while the rotations were learned. Lines: training "
     "batches; circles: held-out problems, before (open) and after (filled).",
 }
@@ -68,19 +69,6 @@ def render(record: Mapping[str, Any], run_dir: Path) -> Path:
     return path
 
 
-def render_protocols(records: list[dict[str, Any]], folder: Path) -> Path | None:
-    """Writes folder/protocols.csv and folder/report.html of a multirun over protocols; None where all share one."""
-    rows = protocol_rows(redact(records))
-    if not rows:
-        return None
-    write_csv(folder / "protocols.csv", COLUMNS, rows)
-    models = (records[0].get("models") or {}) | {"controls": {}}
-    kept = {key: records[0].get(key) for key in ("name", "rotrl", "versions", "device", "created")}
-    joined = kept | {"status": "done", "finished": records[-1].get("finished"), "models": models, "protocols": rows}
-    joined["warnings"] = list(dict.fromkeys(text for record in records for text in record.get("warnings") or []))
-    return render(joined | {"config": {str(i): record.get("config") for i, record in enumerate(records)}}, folder)
-
-
 def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     table = standings(record)
@@ -100,6 +88,8 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "against": _against(table, record),
         "notes": notes(record),
         "protocols": record.get("protocols") or [],
+        "jobs": len(record.get("config") or {}),
+        "curves": _curves(record.get("curves") or {}),
         "scores": record.get("scores") or [],
         "comparisons": record.get("comparisons") or [],
         "figures": _figures(run_dir),
@@ -115,6 +105,13 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "provenance": _provenance(record),
         "config": json.dumps(record.get("config"), indent=2, ensure_ascii=False),
     }
+
+
+def _curves(found: Mapping[str, Any]) -> dict[str, Any]:
+    if not found:
+        return {}
+    scores = by_value(found["rows"], "model", "role")
+    return {**found, "scores": scores, "pairs": by_value(found["differences"], "a", "b")}
 
 
 def _when(record: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY = "#E69F00", "#56B4E9"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+VEIL = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.7, "pad": 0.6}  # behind a name that lies on a line
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 
 STYLE: dict[Any, Any] = {

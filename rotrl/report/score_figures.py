@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rotrl.report.labels import place
-from rotrl.report.paint import INK, MUTED, ORANGE, PAPER, PURPLE, SKY, colours
+from rotrl.report.paint import INK, MUTED, ORANGE, PAPER, PURPLE, SKY, VEIL, colours
 from rotrl.report.standings import Interval, Row, Standings, experts, number, standings
 
 DOTS, FRONT = (0, (1, 2)), "#9aa3ad"
-VEIL = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.7, "pad": 0.6}  # behind a name that lies on a line
 
 
 def tasks_scatter(record: Mapping[str, Any], run_dir: Path) -> Figure | None:

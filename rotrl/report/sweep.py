@@ -1,6 +1,6 @@
 """The jobs of a multirun as one record: base and experts once, every merge under its label and what was swept."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NOT_SWEPT = ("run_dir", "output", "merge._")  # where a job writes, and what its label says already
@@ -27,8 +27,13 @@ def as_one_record(records: list[dict[str, Any]]) -> tuple[dict[str, Any], list[s
     return joined, failures
 
 
-def swept_keys(records: list[dict[str, Any]]) -> list[str]:
-    """For each job `key=value` of the keys whose values differ between the jobs; of keys that move together, one."""
+def swept_keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each job `key=value` of the keys whose values differ between the jobs."""
+    return [", ".join(f"{key}={value}" for key, value in own.items()) for own in swept(records)]
+
+
+def swept(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """For each job the keys whose values differ between the jobs, with its values; of keys that move together, one."""
     flat = [dict(_flatten(record.get("config") or {})) for record in records]
     shared = [key for key in (flat[0] if flat else {}) if all(key in job for job in flat)]
     methods = [str(job.get("merge._target_")) for job in flat]
@@ -38,7 +43,7 @@ def swept_keys(records: list[dict[str, Any]]) -> list[str]:
         of_method = key.startswith("merge.") and len(set(zip(methods, values, strict=True))) == len(set(methods))
         if len(set(values)) > 1 and not of_method and not key.startswith(NOT_SWEPT):
             differing.setdefault(values, key)
-    return [", ".join(f"{key}={job[key]}" for key in differing.values()) for job in flat]
+    return [{key: str(job[key]) for key in differing.values()} for job in flat]
 
 
 def _name(label: str, swept: str, job: int, taken: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The terminal's view of a record, and one table over the jobs of a multirun."""
+"""The terminal's view of a record."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,10 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rotrl.report.notes import Note, Notes, note_words, notes
-from rotrl.report.protocols import protocol_rows
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, Row, Standings, number, standings
-from rotrl.report.sweep import as_one_record
 from rotrl.report.words import (
     function_words,
     geometry_words,
@@ -47,58 +45,20 @@ def show(record: Mapping[str, Any], console: Console) -> None:
     record = redact(record)
     table = standings(record)
     if record.get("status") not in (None, "done"):
-        _say(console, {str(record["status"]): [str(record.get("error") or "the run has not ended")]}, "red")
+        say(console, {str(record["status"]): [str(record.get("error") or "the run has not ended")]}, "red")
     told = {"lineage": lineage_words(record), "geometry": geometry_words(record), "function": function_words(record)}
-    _say(console, told)
+    say(console, told)
     if table.rows:
-        console.print(_scores(table, console, "scores", notes(record)))
-        _say(console, {"merges": merge_words(table, record)})
+        console.print(scores_table(table, console, "scores", notes(record)))
+        say(console, {"merges": merge_words(table, record)})
     else:
         if record.get("geometry"):
             console.print(_geometry(record["geometry"], console))
         if record.get("merges"):
-            console.print(_merges(record["merges"], console, "merges"))
+            console.print(merges_table(record["merges"], console, "merges"))
     beside = note_words(record)
-    _say(console, {key: beside[key] for key in ("cut off", "published")})
-    _say(console, {"contaminated": beside["contaminated"], "warnings": record.get("warnings") or []}, "yellow")
-
-
-def sweep_table(records: list[dict[str, Any]], console: Console) -> None:
-    """One table over all jobs of a multirun, best merge first; merges are named by label and what was swept."""
-    records = redact(records)
-    joined, failures = as_one_record(records)
-    table = standings(joined)
-    title = f"{len(records)} jobs"
-    if compared := protocol_rows(records):
-        console.print(_protocols(compared, console))
-    elif table.rows:
-        console.print(_scores(table, console, title, notes(joined)))
-        _say(console, {"merges": merge_words(table, joined)})
-    elif joined["merges"]:
-        console.print(_merges(joined["merges"], console, title))
-    _say(console, {"failed": failures}, "red")
-
-
-def _protocols(rows: list[dict[str, Any]], console: Console) -> Table:
-    """A line for each model, task and protocol, those of a task beneath each other."""
-    first = rows[0]["protocol"]
-    view = _table("protocols", console, ["model", "task", "protocol"], ["n", "score, %", f"against {first}", "cut %"])
-    view.add_column("published", overflow="fold")
-    previous = None
-    for row in rows:
-        if previous not in (None, (row["model"], row["task"])):
-            view.add_section()
-        previous = (row["model"], row["task"])
-        score = plus_minus(Interval(row["value"], row["sampling_low"], row["sampling_high"]))
-        change, against = row["difference"], ""
-        if change is not None:
-            interval = Interval(change, row["difference_low"], row["difference_high"])
-            against = f"{points(interval)} {f'({points_span(interval)})' if interval.known else ''}"
-        cut = percent(row["truncated"] / row["samples"]) if row["samples"] and row["truncated"] is not None else "–"
-        cells = [row["model"], row["task"], row["protocol"], row["metric"].partition("@")[2], score, against, cut]
-        view.add_row(*(_text(cell, console) for cell in [*cells, row["published"] or ""]))
-    view.caption = _text("± and differences: 95 % of sampling, on these problems", console)
-    return view
+    say(console, {key: beside[key] for key in ("cut off", "published")})
+    say(console, {"contaminated": beside["contaminated"], "warnings": record.get("warnings") or []}, "yellow")
 
 
 def legend(table: Standings) -> str:
@@ -108,7 +68,7 @@ def legend(table: Standings) -> str:
     return f"avg@n in percent, 95 % interval over problems{kept}{marks}"
 
 
-def _scores(table: Standings, console: Console, title: str, beside: Notes) -> Table:
+def scores_table(table: Standings, console: Console, title: str, beside: Notes) -> Table:
     views = [_score_table(table, console, title, beside, *chosen) for chosen in FORMATS]
     unbounded = console.options.update(width=10_000)
     fitting = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
@@ -125,10 +85,10 @@ def _score_table(
     heads += ["kept\n%"] * kept + [f"against\n{against.model}" if against else ""] * bool(against)
     counted = spans and any(note.tokens is not None for note in beside.values())
     heads += ["tokens", "cut\n%"] * counted
-    view = _table(title, console, ["model"], heads)
+    view = new_table(title, console, ["model"], heads)
     view.columns[0].no_wrap = True
     trained = "; † trained on these problems" * any(note.contaminated for note in beside.values())
-    view.caption = _text(legend(table) + trained, console)
+    view.caption = signs(legend(table) + trained, console)
     previous = None
     for row in table.rows:
         if previous not in (None, row.role):
@@ -145,7 +105,7 @@ def _score_table(
         own = [beside[row.model, task] for task in table.tasks if (row.model, task) in beside]
         cells += ["/".join(_count(n.tokens) for n in own), "/".join(percent(n.truncated) for n in own)] * counted
         marked = row is table.best_mean or row is table.best_minimum
-        view.add_row(*(_text(cell, console) for cell in cells), style="bold green" if marked else STYLE[row.role])
+        view.add_row(*(signs(cell, console) for cell in cells), style="bold green" if marked else STYLE[row.role])
     return view
 
 
@@ -171,22 +131,22 @@ def _geometry(geometry: Mapping[str, Any], console: Console) -> Table:
         share, null = (percent(number(row.get(key))) for key in ("share_median", "null_median"))
         text = f"{share} ({null}) {signed(number(row.get('kappa_median')), 2)}"
         cells.setdefault((str(row["module"]), str(row["side"])), {})[str(row["expert"])] = text
-    view = _table("geometry", console, ["matrix", "side"], experts)
+    view = new_table("geometry", console, ["matrix", "side"], experts)
     view.caption = "share of the update in %, (its null), kappa; medians over layers"
     for (module, side), by_expert in cells.items():
         line = [module, side, *(by_expert.get(expert, "–") for expert in experts)]
-        view.add_row(*(_text(cell, console) for cell in line))
+        view.add_row(*(signs(cell, console) for cell in line))
     return view
 
 
-def _merges(merges: Mapping[str, Mapping[str, Any]], console: Console, title: str) -> Table:
-    view = _table(title, console, ["merge"], ["coefficient", "norm ratio", "loss", "dtype"])
+def merges_table(merges: Mapping[str, Mapping[str, Any]], console: Console, title: str) -> Table:
+    view = new_table(title, console, ["merge"], ["coefficient", "norm ratio", "loss", "dtype"])
     view.add_column("folder", overflow="fold")
     for label, made in merges.items():
         numbers = [(number(made.get(key))) for key in ("effective_coefficient", "norm_ratio", "storage_loss")]
         shown = ["–" if value is None else f"{value:.3g}" for value in numbers]
         cells = [label, *shown, str(made.get("dtype", "–")), str(made.get("path", "–"))]
-        view.add_row(*(_text(cell, console) for cell in cells))
+        view.add_row(*(signs(cell, console) for cell in cells))
     view.caption = (
         "coefficient: effective, per expert   norm ratio: merged to mean expert   loss: of the update, by storage"
     )
@@ -194,7 +154,7 @@ def _merges(merges: Mapping[str, Mapping[str, Any]], console: Console, title: st
     return view
 
 
-def _table(title: str, console: Console, texts: list[str], numbers: list[str]) -> Table:
+def new_table(title: str, console: Console, texts: list[str], numbers: list[str]) -> Table:
     shape = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
     view = Table(
         title=title, title_justify="left", title_style="bold", box=shape, padding=(0, 1, 0, 0), show_edge=False
@@ -203,21 +163,21 @@ def _table(title: str, console: Console, texts: list[str], numbers: list[str]) -
     for text in texts:
         view.add_column(text, overflow=overflow)
     for text in numbers:
-        view.add_column(_text(text, console), justify="right", no_wrap=True, overflow=overflow)
+        view.add_column(signs(text, console), justify="right", no_wrap=True, overflow=overflow)
     return view
 
 
-def _text(text: str, console: Console) -> Text:
+def signs(text: str, console: Console) -> Text:
     return Text(text.translate(ASCII) if console.options.ascii_only else text)
 
 
-def _say(console: Console, paragraphs: Mapping[str, list[str]], style: str = "") -> None:
+def say(console: Console, paragraphs: Mapping[str, list[str]], style: str = "") -> None:
     """Sentences beside their title, wrapped under themselves."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(style=style)
     for title, sentences in paragraphs.items():
         for i, sentence in enumerate(sentence for sentence in sentences if sentence):
-            grid.add_row(Text(title if i == 0 else ""), _text(sentence, console))
+            grid.add_row(Text(title if i == 0 else ""), signs(sentence, console))
     if grid.row_count:
         console.print(grid)

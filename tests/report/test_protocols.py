@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from rotrl.report import table
-from rotrl.report.html import render_protocols
 from rotrl.report.protocols import COLUMNS, labels, protocol_rows
+from rotrl.report.sweep_page import render_sweep
+from rotrl.report.sweep_table import sweep_table
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_protocols_of_one_name_are_told_apart_and_one_protocol_is_no_comparison(
 
 
 def test_page_file_and_terminal_show_them(jobs, tmp_path):
-    page = render_protocols(jobs, tmp_path)
+    page = render_sweep(jobs, tmp_path)
     assert page is not None
     text = page.read_text()
     assert "against deepscaler" in text
@@ -60,7 +60,7 @@ def test_page_file_and_terminal_show_them(jobs, tmp_path):
     with (tmp_path / "protocols.csv").open() as file:
         assert tuple(next(csv.reader(file))) == COLUMNS
     out = io.StringIO()
-    table.sweep_table(jobs, Console(width=120, file=out))
+    sweep_table(jobs, Console(width=120, file=out))
     row = next(line for line in out.getvalue().splitlines() if "transferability" in line)
     assert "−5.0" in row
-    assert render_protocols(jobs[:1], tmp_path) is None
+    assert render_sweep(jobs[:1], tmp_path) is None

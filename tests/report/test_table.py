@@ -6,6 +6,7 @@ from rich.console import Console
 
 from rotrl.report import table
 from rotrl.report.sweep import swept_keys
+from rotrl.report.sweep_table import sweep_table
 
 
 def printed(show, *arguments, width=80, encoding="utf-8"):
@@ -91,19 +92,29 @@ def jobs(record, choices):
 
 
 def test_a_multirun_is_one_table_over_all_jobs(full):
+    records = jobs(full[0], [("ties", 0.5), ("linear", 0.5), ("slerp", 0.5)])
+    records[2] |= {"status": "failed", "error": "the engine died", "scores": [], "merges": {}, "comparisons": []}
+    text = printed(sweep_table, records, width=100)
+    assert text.count("\nbase") == text.count("\nmath") == text.count("\nties") == text.count("\nlinear") == 1
+    assert "2 merges were tried" in text
+    assert "job 2 failed: the engine died" in text
+
+
+def test_a_number_that_is_swept_is_a_column_for_each_value(full):
     records = jobs(full[0], [("ties", 0.5), ("ties", 1.0), ("linear", 0.5), ("linear", 1.0)])
+    for record in records:
+        record["merges"][next(iter(record["merges"]))]["sha256"] = str(record["config"]["merge_scale"])
     records[3] |= {"status": "failed", "error": "the engine died", "scores": [], "merges": {}, "comparisons": []}
-    text = printed(table.sweep_table, records, width=100)
-    assert text.count("\nbase") == text.count("\nmath") == 1
-    assert "ties merge_scale=0.5" in text
-    assert "ties merge_scale=1.0" in text
-    assert "3 merges were tried" in text
+    text = printed(sweep_table, records, width=100)
+    heads = next(line for line in text.splitlines() if line.startswith("model"))
+    assert heads.split() == ["model", "at", "any", "0.5", "1.0"]
+    assert text.count("±") == 3 + 3 + 0  # base and experts at any scale, ties at two, linear at one
     assert "job 3 (merge_scale=1.0) failed: the engine died" in text
 
 
 def test_a_multirun_of_merges_alone(merge_only):
     record, _ = merge_only
-    text = printed(table.sweep_table, [record, copy.deepcopy(record)], width=100)
+    text = printed(sweep_table, [record, copy.deepcopy(record)], width=100)
     assert "ties job 1" in text
 
 

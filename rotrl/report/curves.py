@@ -1,0 +1,134 @@
+"""What a swept number does to every model, seeds averaged, and paired differences to the learned rotations."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rotrl.report.standings import Interval, Row, number, paired, rotates, standings
+from rotrl.report.sweep import swept
+from rotrl.report.words import learned
+
+COLUMNS = ("model", "role", "key", "value", "jobs", "mean", "low", "high", "lowest", "highest")
+DIFFERENCES = ("a", "b", "key", "value", "jobs", "difference", "low", "high", "lowest", "highest")
+SEED, ROLES = "seed", ("base", "expert", "merge")
+Place = tuple[str, str]  # model, value
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`key`, its `values`, `rows` (COLUMNS), `differences` (DIFFERENCES) and the experts' `ceiling`, each on its own
+    task; empty where no number was swept.
+
+    A model whose weights are the same at every value has one row, without a value. Jobs that differ in the seed alone
+    are averaged; they share their problems, so the ends of their intervals are averaged too: wide enough however the
+    jobs depend on each other. `lowest` and `highest` are the extremes over the seeds.
+    """
+    given = swept(records)
+    key = swept_number(given)
+    if key is None:
+        return {}
+    cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]] = {}
+    for record, own in zip(records, given, strict=True):
+        rest = " ".join(f"{name}={value}" for name, value in own.items() if name not in (key, SEED))
+        for row in standings(record).rows:
+            if row.mean:
+                name = f"{row.model} {rest}".strip() if row.role == "merge" else row.model
+                cells.setdefault((name, own[key]), []).append((row, record))
+    if not cells:
+        return {}
+    ceilings = [ceiling for record in records if (ceiling := standings(record).ceiling) is not None]
+    values = sorted({own[key] for own in given}, key=_order)
+    cells = _flattened(cells)
+    rows = [_row(name, value, key, found) for (name, value), found in cells.items()]
+    best = {row["model"]: max(r["mean"] for r in rows if r["model"] == row["model"]) for row in rows}
+    return {
+        "key": key,
+        "values": values,
+        "rows": sorted(rows, key=lambda row: (ROLES.index(row["role"]), -best[row["model"]])),
+        "differences": differences(cells, key, values),
+        "ceiling": sum(ceilings) / len(ceilings) if ceilings else None,
+    }
+
+
+def by_value(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple[str, ...], dict[str, Interval]]:
+    """Rows of one table as a line for each model or pair: {names: {value: interval}}."""
+    found: dict[tuple[str, ...], dict[str, Interval]] = {}
+    for row in rows:
+        place = tuple(row[name] for name in names)
+        middle = row["mean"] if "mean" in row else row["difference"]
+        found.setdefault(place, {})[row["value"]] = Interval(middle, row["low"], row["high"])
+    return found
+
+
+def swept_number(given: Sequence[Mapping[str, str]]) -> str | None:
+    """The key whose values are numbers (or `None`, no limit), the one with the most values where there are several."""
+    found: dict[str, int] = {}
+    for key in given[0] if given else ():
+        values = {own[key] for own in given}
+        numbers = {value for value in values if number(value) is not None}
+        if key != SEED and len(numbers) > 1 and values - numbers <= {"None"}:
+            found[key] = len(values)
+    return max(found, key=lambda key: found[key]) if found else None
+
+
+def differences(
+    cells: Mapping[Place, list[tuple[Row, Mapping[str, Any]]]], key: str, values: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Learned rotations minus every other merge at each value, mean over tasks, paired by problem."""
+    merges = {name: found for (name, _), found in cells.items() if found[0][0].role == "merge"}
+    turning = [
+        name
+        for name, ((row, record), *_) in merges.items()
+        if (name, "") not in cells and learned(row.model, record) and rotates(row.model, record)
+    ]
+    found = []
+    for a in turning:
+        for b in (name for name in merges if name != a):
+            for value in values:
+                there = cells.get((b, value)) or cells.get((b, ""), [])
+                pairs = [
+                    paired(row.model, other.model, record, standings(record).reported)
+                    for row, record in cells.get((a, value), [])
+                    for other, its in there
+                    if its is record or (its["config"].get(SEED) == record["config"].get(SEED) and (b, "") in cells)
+                ]
+                known = [pair for pair in pairs if pair]
+                if known:
+                    found.append({"a": a, "b": b, "key": key, "value": value, **_average(known, "difference")})
+    return found
+
+
+def _flattened(cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]]) -> dict[Place, Any]:
+    """Models that are the same at every value, by their weights, in one place without a value, once for each seed."""
+    found: dict[Place, Any] = {}
+    for name in dict.fromkeys(name for name, _ in cells):
+        own = {value: entries for (other, value), entries in cells.items() if other == name}
+        by_seed: dict[Any, dict[str, Any]] = {}
+        for entries in own.values():
+            for row, record in entries:
+                weights = ((record.get("merges") or {}).get(row.model) or {}).get("sha256", row.model)
+                by_seed.setdefault((record.get("config") or {}).get(SEED), {}).setdefault(weights, (row, record))
+        if len(own) > 1 and all(len(weights) == 1 for weights in by_seed.values()):
+            found[name, ""] = [entry for weights in by_seed.values() for entry in weights.values()]
+        else:
+            found |= {(name, value): entries for value, entries in own.items()}
+    return found
+
+
+def _row(name: str, value: str, key: str, found: list[tuple[Row, Any]]) -> dict[str, Any]:
+    means = [row.mean for row, _ in found if row.mean]
+    return {"model": name, "role": found[0][0].role, "key": key, "value": value, **_average(means, "mean")}
+
+
+def _average(intervals: list[Interval], name: str) -> dict[str, Any]:
+    values = [interval.value for interval in intervals]
+    known = all(interval.known for interval in intervals)
+    low, high = (
+        sum(end or 0.0 for end in ends) / len(values) if known else None
+        for ends in zip(*((interval.low, interval.high) for interval in intervals), strict=True)
+    )
+    mean = sum(values) / len(values)
+    return {"jobs": len(values), name: mean, "low": low, "high": high, "lowest": min(values), "highest": max(values)}
+
+
+def _order(value: str) -> float:
+    found = number(value)
+    return float("inf") if found is None else found

@@ -1,0 +1,47 @@
+"""The page of a multirun whose jobs compare, with its figure and tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rotrl.evaluate.output import write_csv
+from rotrl.report import curves, figures, protocols
+from rotrl.report.html import render
+from rotrl.report.redact import redact
+
+
+def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
+    """Writes report.html, figures and tables of a multirun whose jobs compare: protocols.csv where they differ in the
+    protocol, curves.csv and differences.csv where they differ in a number; else None, each job has its own page."""
+    records = redact(records)
+    shown: dict[str, Any] = {"protocols": protocols.protocol_rows(records)}
+    if shown["protocols"]:
+        write_csv(folder / "protocols.csv", protocols.COLUMNS, shown["protocols"])
+    elif found := curves.curves(records):
+        shown["curves"] = found
+        write_csv(folder / "curves.csv", curves.COLUMNS, found["rows"])
+        write_csv(folder / "differences.csv", curves.DIFFERENCES, found["differences"])
+    else:
+        return None
+    kept = {key: records[0].get(key) for key in ("name", "rotrl", "versions", "device", "created")}
+    models = (records[0].get("models") or {}) | {"controls": {}}
+    failed = [
+        f"job {i} {record['status']}: {record.get('error')}" for i, record in enumerate(records) if not done(record)
+    ]
+    joined = (
+        kept
+        | shown
+        | {
+            "status": "failed" if failed else "done",
+            "finished": records[-1].get("finished"),
+            "models": models,
+            "warnings": list(dict.fromkeys([*failed, *(text for r in records for text in r.get("warnings") or [])])),
+            "config": {str(i): record.get("config") for i, record in enumerate(records)},
+        }
+    )
+    figures.draw(joined, folder)
+    return render(joined, folder)
+
+
+def done(record: Mapping[str, Any]) -> bool:
+    return record.get("status") == "done"
