@@ -35,6 +35,7 @@ def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
             "status": "failed" if failed else "done",
             "finished": records[-1].get("finished"),
             "models": models,
+            "command": "\n".join(str(record["command"]) for record in records if record.get("command")),
             "warnings": list(dict.fromkeys([*failed, *(text for r in records for text in r.get("warnings") or [])])),
             "config": {str(i): record.get("config") for i, record in enumerate(records)},
         }
