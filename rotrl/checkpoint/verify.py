@@ -20,7 +20,7 @@ def verify(folder: Path) -> dict:
             problems.append(f"'{name}' is absent")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"'{name}' has {file.stat().st_size} bytes, {entry['bytes']} were written")
-        elif "tensors" in entry:
+        elif "blake3" in entry:
             problems += [f"'{name}': {fault}"] if (fault := shard_fault(file, entry)) else []
         elif file_sha256(file) != entry["sha256"]:
             problems.append(f"'{name}' has other bytes than were written")
@@ -57,10 +57,10 @@ def _manifest(folder: Path) -> dict:
         manifest = sealed_manifest(folder)
         if manifest is None:
             raise CheckpointError(f"{path}: has other bytes than were written; make the merge again")
-        if all("bytes" in entry and entry.keys() & {"sha256", "tensors"} for entry in manifest["files"].values()):
+        if all("bytes" in entry and entry.keys() & {"sha256", "blake3"} for entry in manifest["files"].values()):
             return {**manifest, "weights_sha256": manifest["weights_sha256"]}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: does not exist; only checkpoints that rotrl wrote can be verified") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable as a manifest ({error}); make the merge again") from error
-    raise CheckpointError(f"{path}: entries lack bytes or sha256; make the merge again")
+    raise CheckpointError(f"{path}: entries lack bytes or digests; make the merge again")

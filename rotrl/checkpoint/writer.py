@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from blake3 import blake3
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def write_weights(
                 (folder / JOURNAL).mkdir(exist_ok=True)
                 state = ledger.state() if ledger else None
                 write_json(folder / JOURNAL / f"{file}.json", {"key": key, "entry": entries[file], "state": state})
-    digests = {name: bytes.fromhex(sha) for entry in entries.values() for name, sha in entry["tensors"].items()}
+    digests = {name: bytes.fromhex(found) for entry in entries.values() for name, found in entry["blake3"].items()}
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     return weights_digest(digests), entries
@@ -94,7 +95,7 @@ def shard_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
             for at in range(begin, end, len(buffer)):
                 read = stream.readinto(buffer[: min(len(buffer), end - at)])
                 digest.update(buffer[:read])
-            if digest.hexdigest() != entry["tensors"].get(name):
+            if digest.hexdigest() != entry["blake3"].get(name):
                 return f"tensor '{name}' has other bytes than were written"
     return None
 
@@ -102,7 +103,7 @@ def shard_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> None:
     """The last file of a checkpoint: `content`, and of each file its size and sha256.
 
-    Of a shard it is the sha256 of its header and of each of its tensors, which tell a wrong one by name.
+    Of a shard it is the sha256 of its header and the BLAKE3 of each of its tensors, which tell a wrong one by name.
     """
     listed = {
         file.name: {"bytes": file.stat().st_size, **(files.get(file.name) or {"sha256": file_sha256(file)})}
@@ -197,11 +198,11 @@ def _write_shard(
             submit(0, partial(steps.step, f"{path.name} holds {name}"))
     return {
         "header_sha256": hashlib.sha256(header).hexdigest(),
-        "tensors": {name: digest.hexdigest() for name, digest in digests.items()},
+        "blake3": {name: digest.hexdigest() for name, digest in digests.items()},
     }
 
 
-def _write(stream: FileIO, content: memoryview, digest: "hashlib._Hash | None" = None) -> None:
+def _write(stream: FileIO, content: memoryview, digest: blake3 | None = None) -> None:
     if digest is not None:
         digest.update(content)
     begin = stream.tell()

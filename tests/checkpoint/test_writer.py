@@ -49,7 +49,7 @@ def test_shards_hold_every_tensor_once_and_hash_as_read(sizes, limit, tmp_path_f
     checkpoint = open_checkpoint(folder)
     assert checkpoint.sha256 == sha256
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in weights.items())
-    assert {name: sha for entry in files.values() for name, sha in entry["tensors"].items()} == {
+    assert {name: found for entry in files.values() for name, found in entry["blake3"].items()} == {
         name: tensor_digest(tensor).hex() for name, tensor in weights.items()
     }
     assert not any(shard_fault(folder / name, entry) for name, entry in files.items())
