@@ -21,16 +21,17 @@ Piece = tuple[Tensor, list[Tensor]]
 class Chunks(Sequence[Piece]):
     """Base and experts in consecutive rows of about ENTRIES entries (or `whole`), in float32 when asked for.
 
-    On `device`. NumericsError where a piece holds NaN or Inf, if `checked`.
+    On `device`. NumericsError where a piece holds NaN or Inf, if `checked`, when it is first asked for.
     """
 
     def __init__(
         self, base: Tensor, experts: Sequence[Tensor], *, whole: bool, checked: bool = True, device: str = "cpu"
     ) -> None:
-        self.models, self.checked, self.device = (base, *experts), checked, device
+        self.models, self.device = (base, *experts), device
         self.rows = len(base) if base.ndim else 1
         if not whole:
             self.rows = max(1, ENTRIES // max(1, math.prod(base.shape[1:])))
+        self._unchecked = set(range(len(self))) if checked else set()
 
     def __len__(self) -> int:
         return max(1, -(-len(self.models[0]) // max(1, self.rows))) if self.models[0].ndim else 1
@@ -40,8 +41,10 @@ class Chunks(Sequence[Piece]):
             raise IndexError(index)
         rows = slice(index * self.rows, (index + 1) * self.rows) if self.models[0].ndim else ...
         base, *experts = (model[rows].to(self.device).float() for model in self.models)
-        if self.checked and not all(map(finite, (base, *experts))):
-            raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")
+        if index in self._unchecked:
+            if not all(map(finite, (base, *experts))):
+                raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")
+            self._unchecked.remove(index)
         return base, experts
 
     def __iter__(self) -> Iterator[Piece]:

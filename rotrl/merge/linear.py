@@ -1,6 +1,7 @@
 """Merges that are linear in the weights. `d_i = W_i - W0`, weights w_i default to 1."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,12 +54,17 @@ def model_stock(base: Rows, experts: Sequence[Tensor], *, summary: Gram | None =
         return experts[0].clone()
     summary = summary or Gram.of([(base, experts)], {})
     assert summary is not None
+    return base.add(weighted_sum([expert - base for expert in experts]), alpha=_stock_ratio(summary) / count)
+
+
+@lru_cache(maxsize=1)
+def _stock_ratio(summary: Gram) -> float:
     inner = summary.inner[1:, 1:]
+    count = len(inner)
     lengths = inner.diagonal().sqrt().clamp(min=torch.finfo(inner.dtype).tiny)
     unit = inner / lengths[:, None] / lengths
     cosine = float((unit.sum() - unit.trace()) / (count * (count - 1)))
-    t = count * cosine / (1 + (count - 1) * cosine)
-    return base.add(weighted_sum([expert - base for expert in experts]), alpha=t / count)
+    return count * cosine / (1 + (count - 1) * cosine)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 RL experts of one base lie 1e-3 rad apart, where acos of a cosine has lost all its digits: angles are
 `2 atan2(|u - v|, |u + v|)`, in float64, and no threshold on the cosine switches to the chord. Every merge here is a
-combination of (W0, d_1, ..., d_T) whose coefficients follow from their inner products: no unit vector is formed.
+combination of (W0, d_1, ..., d_T) whose coefficients follow from their inner products, once for all pieces of a tensor:
+no unit vector is formed.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
@@ -27,16 +29,21 @@ def slerp(base: Rows, experts: Pair, *, t: float = 0.5, summary: Gram | None = N
     `u(t) = (sin((1-t) a) u_1 + sin(t a) u_2) / sin a`, W = ((1-t) |W_1| + t |W_2|) u(t). NumericsError where the
     experts point in opposite directions.
     """
-    inner = _inner(base, experts, summary)
+    return _combination(base, experts, _on_arc(summary or _gram(base, experts), t), "model")
+
+
+@lru_cache(maxsize=1)
+def _on_arc(gram: Gram, t: float) -> Tensor:
+    inner = gram.inner
     pair, chord = _vectors(inner, "model"), inner.new_tensor([1 - t, t])
     lengths = _length(inner, pair)
     if not all(lengths):
-        return _combination(base, experts, chord @ pair, "model")
+        return chord @ pair
     units = pair / lengths[:, None]
     angle = _angle(inner, units[0], units[1])
     if torch.pi - angle < OPPOSITE:
         raise NumericsError("the two experts point in opposite directions, no arc between them is shortest")
-    return _combination(base, experts, (chord @ lengths) * (_arc(angle, t) @ units), "model")
+    return (chord @ lengths) * (_arc(angle, t) @ units)
 
 
 def nuslerp(
@@ -55,14 +62,20 @@ def nuslerp(
     taken whole or by rows or columns of a matrix. The chord where one is zero or both are opposite.
     """
     t = shares(weights, 2, positive=True)[1]
-    inner = _inner(base, experts, summary, axis)
+    c = _on_arcs(summary or _gram(base, experts, axis), vectors, t)
+    return _combination(base, experts, c, vectors, scale, axis)
+
+
+@lru_cache(maxsize=1)
+def _on_arcs(gram: Gram, vectors: Vectors, t: float) -> Tensor:
+    inner = gram.inner
     pair = _vectors(inner, vectors).expand(*inner.shape[:-2], -1, -1)
     lengths = _length(inner, pair)
     units = pair / lengths.clamp(min=torch.finfo(inner.dtype).tiny)[..., None]
     angle = _angle(inner, units[..., 0, :], units[..., 1, :])
     no_arc = (torch.pi - angle < OPPOSITE) | (lengths.prod(-1) == 0)
     parts = torch.where(no_arc[..., None], inner.new_tensor([1 - t, t]), _arc(angle, t))
-    return _combination(base, experts, (parts[..., None, :] @ pair)[..., 0, :], vectors, scale, axis)
+    return (parts[..., None, :] @ pair)[..., 0, :]
 
 
 def multislerp(
@@ -78,11 +91,15 @@ def multislerp(
     mergekit also averages the projections on the tangent space at u, a mean that vanishes identically.
     NumericsError where the directions cancel.
     """
-    inner = _inner(base, experts, summary)
+    w = tuple(shares(weights, len(experts), positive=True))
+    return _combination(base, experts, _mean_direction(summary or _gram(base, experts), w), "task", scale)
+
+
+@lru_cache(maxsize=1)
+def _mean_direction(gram: Gram, weights: tuple[float, ...]) -> Tensor:
+    inner = gram.inner
     w, lengths, units = _directions(inner, "task", weights)
-    if not lengths.any():
-        return base.clone()
-    return _combination(base, experts, (w @ lengths) * _unit(inner, w @ units), "task", scale)
+    return (w @ lengths) * _unit(inner, w @ units) if lengths.any() else torch.zeros_like(inner[0])
 
 
 def karcher(
@@ -98,10 +115,16 @@ def karcher(
 
     Iterates `u <- exp_u(sum w_i log_u u_i)` from the normalised mean until the step is below `tol` radians.
     """
-    inner = _inner(base, experts, summary)
+    w = tuple(shares(weights, len(experts), positive=True))
+    return _combination(base, experts, _karcher_mean(summary or _gram(base, experts), max_iter, tol, w), "model")
+
+
+@lru_cache(maxsize=1)
+def _karcher_mean(gram: Gram, max_iter: int, tol: float, weights: tuple[float, ...]) -> Tensor:
+    inner = gram.inner
     w, lengths, units = _directions(inner, "model", weights)
     if not lengths.any():
-        return torch.zeros_like(base)
+        return torch.zeros_like(inner[0])
     u = _unit(inner, w @ units)
     for _ in range(max_iter):
         angles = _angle(inner, u, units)
@@ -111,12 +134,11 @@ def karcher(
         u = _unit(inner, u * size.cos() + step * torch.sinc(size / torch.pi))
         if size < tol:
             break
-    return _combination(base, experts, (w @ lengths) * u, "model")
+    return (w @ lengths) * u
 
 
-def _inner(base: Tensor, experts: Sequence[Tensor], summary: Gram | None, axis: str = "tensor") -> Tensor:
-    """Inner products (..., T + 1, T + 1) of W0 and the task vectors."""
-    return summary.inner if summary else inner_products([base, *(expert - base for expert in experts)], axis)
+def _gram(base: Tensor, experts: Sequence[Tensor], axis: str = "tensor") -> Gram:
+    return Gram(inner_products([base, *(expert - base for expert in experts)], axis))
 
 
 def _vectors(inner: Tensor, vectors: Vectors) -> Tensor:
@@ -126,10 +148,10 @@ def _vectors(inner: Tensor, vectors: Vectors) -> Tensor:
     return rows
 
 
-def _directions(inner: Tensor, vectors: Vectors, weights: Sequence[float] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised weights (T), lengths (T) and unit vectors as combinations; a zero vector has no direction."""
+def _directions(inner: Tensor, vectors: Vectors, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (T), lengths (T) and unit vectors as combinations; a zero vector has no direction."""
     rows = _vectors(inner, vectors)
-    w = inner.new_tensor(shares(weights, len(rows), positive=True))
+    w = inner.new_tensor(weights)
     lengths = _length(inner, rows)
     units = rows / lengths.clamp(min=torch.finfo(inner.dtype).tiny)[:, None]
     return w, lengths, torch.where(lengths[:, None] > 0, units, 0.0)
@@ -161,7 +183,7 @@ def _combination(
     c = scale * (c - c.new_tensor([1.0] + [0.0] * len(experts)) if vectors == "model" else c)
     parts = [base, *(expert - base for expert in experts)]
     if c.ndim == 1:
-        return base + weighted_sum(parts, c.tolist())
+        return weighted_sum(parts, c.tolist()).add_(base)
     by_part = c.to(base).unbind(-1)
     return base + sum(x * (y[:, None] if axis == "row" else y) for x, y in zip(parts, by_part, strict=True))
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rotrl.merge.chunks import ENTRIES
+
 Pieces = Sequence[tuple[Tensor, Sequence[Tensor]]]
 SAMPLED, STRIDE = 1 << 20, 61  # entries of a tensor from which on a sample is every 61st: prime, so of all columns
 SIGMAS = 6.0
@@ -25,11 +27,12 @@ class Summary(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gram:
     """Inner products of W0, d_1, ..., d_T in float64: (T + 1, T + 1), or (columns, T + 1, T + 1) with axis=column.
 
-    Lengths and angles follow from it without loss, since the small d_i are taken apart from the large W0.
+    Lengths and angles follow from it without loss, since the small d_i are taken apart from the large W0. Hashed by
+    identity: what follows is worked out once for all pieces of a tensor.
     """
 
     inner: Tensor
@@ -39,21 +42,29 @@ class Gram:
         axis = hyper.get("axis", "tensor")
         if axis == "row":
             return None
-        parts = [inner_products([base, *(e - base for e in experts)], axis) for base, experts in pieces]
-        return cls(torch.stack(parts).sum(0))
+        total = sum(inner_products([base, *(e - base for e in experts)], axis) for base, experts in pieces)
+        assert isinstance(total, Tensor)
+        return cls(total)
 
 
 def inner_products(tensors: Sequence[Tensor], axis: str = "tensor") -> Tensor:
-    """All inner products in float64, of whole tensors or of the rows or columns of matrices (..., T, T)."""
-    x = [tensor.double() for tensor in tensors]
-    if axis == "tensor" or x[0].ndim != 2:
-        flat = [tensor.flatten() for tensor in x]
-        rows = [[torch.dot(a, b) for b in flat[: i + 1]] for i, a in enumerate(flat)]
-    else:
-        along = 1 if axis == "row" else 0
-        rows = [[(a * b).sum(along) for b in x[: i + 1]] for i, a in enumerate(x)]
-    count = range(len(x))
+    """All inner products in float64, of whole tensors or of the rows or columns of matrices (..., T, T).
+
+    Of whole tensors float64 adds up what float32 gives for each ENTRIES values, which is right to 1e-7 of |a| |b|.
+    """
+    count = range(len(tensors))
+    if axis == "tensor" or tensors[0].ndim != 2:
+        split = [tensor.flatten().split(ENTRIES) for tensor in tensors]
+        rows = [[sum(map(_dot, a, b)) for b in split[: i + 1]] for i, a in enumerate(split)]
+        full = [[rows[max(i, j)][min(i, j)] for j in count] for i in count]
+        return torch.tensor(full, dtype=torch.float64, device=tensors[0].device)
+    x, along = [tensor.double() for tensor in tensors], 1 if axis == "row" else 0
+    rows = [[(a * b).sum(along) for b in x[: i + 1]] for i, a in enumerate(x)]
     return torch.stack([torch.stack([rows[max(i, j)][min(i, j)] for j in count], -1) for i in count], -2)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a, b))
 
 
 @dataclass(frozen=True)
