@@ -61,7 +61,8 @@ def plan_memory(
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{base.path}: transformers can't read config.json ({error})") from error
         shape = (settings["batch"], tokens)
-        planned["activations"] = activations(config, shape, dtype, recompute=settings["gradient_checkpointing"])
+        kept = activations(config, shape, dtype, recompute=settings["gradient_checkpointing"])
+        planned["activations"] = len(teachers) * kept  # one backward pass goes through the batches of all
         planned["logits"] = CHUNK * (2 * dtype.itemsize + 4 * FLOAT)
     return planned
 

@@ -85,6 +85,9 @@ def test_the_real_experiment_fits_a_gpu_of_80_gb(real_size: Checkpoint):
     assert 25e9 < sum(planned.values()) < 50e9
     without = plan_memory(real_size, ["code"], [], own | {"gradient_checkpointing": False}, cfg["trainer"])
     assert sum(without.values()) - sum(planned.values()) > 40e9
+    both = plan_memory(real_size, ["math", "code"], [], own, cfg["trainer"])
+    assert both["activations"] == 2 * planned["activations"]
+    assert sum(both.values()) < 80e9
     squares = plan_memory(real_size, ["code"], [], own | {"objective": "activation"}, cfg["trainer"])
     assert squares["Gram matrices"] > 9e9
     with pytest.raises(ConfigError, match="would be rotated by a dense matrix in 8960 dimensions"):
