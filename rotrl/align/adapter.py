@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotrl.checkpoint.files import whole_file
-from rotrl.checkpoint.rotations import Delta, Rotation
+from rotrl.checkpoint.rotations import Delta, Rotation, is_frame
 from rotrl.errors import ConfigError
 from rotrl.linalg.cayley import inverse_cayley
 from rotrl.linalg.procrustes import nearest
@@ -38,6 +38,10 @@ def save_oft(
     for name, rotation in rotations.items():
         if not isinstance(rotation, Rotation) or rotation.right is None or rotation.left is not None:
             raise ConfigError(f"align.adapter: '{name}' is not rotated on its inputs alone; use align.side=right")
+        if is_frame(rotation.right):
+            raise ConfigError(
+                f"align.adapter: '{name}' has a thin frame, and PEFT no adapter for it; use align.side=right"
+            )
         r = rotation.right.double()
         if block and len(r) % block:
             raise ConfigError(f"align.adapter_block={block} does not divide the {len(r)} inputs of '{name}'")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rotrl.align.data import heldout_batches, load_rollouts
+from rotrl.align.frames import stiefel_family
 from rotrl.align.models import load_models
 from rotrl.align.module import LogitAlignment
-from rotrl.align.parametrization import Rotations
 from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
 from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet, threads_for
@@ -46,10 +46,10 @@ def procrustes(
     """
     began = time.monotonic()
     problem = pose(base, experts, source=source, start=start, teachers=teachers, mix=mix, vectors=vectors)
-    family = Rotations(problem.matrices, side=side, block=block, share=share)
-    found = family.closed_form(problem.target, anchor=anchor)
+    family = stiefel_family(problem.matrices, side=side, block=block, share=share)
+    found = family.closed_form(problem.terms, anchor=anchor)
     if found is None:
-        raise ConfigError("align.side=both: both sides at once have no closed form; use small, left or right")
+        raise ConfigError("align.side=both: both sides at once have no closed form; use small, large, left or right")
     rotations = family.by_tensor(found)
     refuse_reflections(rotations)
     models = {"base": base, **(vectors or experts)}

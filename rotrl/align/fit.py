@@ -3,7 +3,7 @@
 All share one objective, data, start and budget (`learn`) and differ in nothing but what may change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rotrl.align.deltas import Directions, Free, LowRank
 from rotrl.align.family import Family
+from rotrl.align.frames import stiefel_family
 from rotrl.align.learn import Build, learn
 from rotrl.align.low_rank import LowRankTurns
-from rotrl.align.parametrization import CayleyTurns, Rotations, Turns
+from rotrl.align.parametrization import CayleyTurns, Turns
 from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
@@ -37,11 +38,12 @@ def stiefel(
 ) -> dict[str, Any]:
     """Rotates every linear map of the source (see `learn`) on the Stiefel manifold, by Riemannian Adam.
 
-    `angle_prior` weighs `sum ||log R||^2`. `closed_form` is what the Procrustes rotations explain.
+    `angle_prior` weighs `sum ||log R||^2`. `closed_form` is what the Procrustes rotations explain. `side=large` turns
+    thin frames (`Frames`).
     """
     turns = {"side": side, "block": block, "share": share}
     hyper = turns | {"init": init, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    return learn(base, experts, out, "stiefel", _turns(Rotations, **turns), hyper, **shared)
+    return learn(base, experts, out, "stiefel", _turns(stiefel_family, **turns), hyper, **shared)
 
 
 def cayley(
@@ -151,7 +153,7 @@ def split(
     return learn(base, experts, out, "split", build, {"side": side, "lr": lr}, **shared)
 
 
-def _turns(kind: type[Turns], **hyper: Any) -> Build:
+def _turns(kind: Callable[..., Turns], **hyper: Any) -> Build:
     return lambda problem, models: kind(problem.matrices, **hyper)
 
 

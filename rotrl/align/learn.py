@@ -3,17 +3,18 @@
 import inspect
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from rotrl.align.data import Rollout, TrainBatches, heldout_batches, load_rollouts, split
 from rotrl.align.family import Family
 from rotrl.align.models import load_models, recompute_layers
 from rotrl.align.module import LogitAlignment
-from rotrl.align.parametrization import Rotations, Turns
+from rotrl.align.parametrization import Rotations, Term, Turns
 from rotrl.align.results import write_results
 from rotrl.align.sharing import SHARES, SIDES
 from rotrl.align.source import Problem, pose, refuse_reflections
@@ -98,10 +99,7 @@ def learn(
     with quiet(), threads_for(problem.matrices):
         engine = make_trainer(trainer, out, steps=steps, checkpoint_every=checkpoint_every, progress=progress)
         made = build(problem, models)
-        closed = None
-        if isinstance(made, Turns) and "anchor" in hyper:
-            device = engine.strategy.root_device
-            closed = made.closed_form(problem.target, anchor=hyper["anchor"], device=device)
+        closed = closed_form(made, problem.terms, hyper, engine)
         solved = made.by_tensor(closed) if isinstance(made, Turns) and closed else None
         student, frozen = load_models(base, problem, frozen_dtype(trainer))
         if gradient_checkpointing:
@@ -126,9 +124,11 @@ def learn(
             made.save_adapter(out / "adapter", problem.folder, adapter_block)
         before = measure(engine, module)
         if hyper.get("init") == "procrustes":
-            if not closed or not solved or not isinstance(made, Rotations):
+            if isinstance(module, ActivationAlignment):
+                closed = closed_form(made, module.terms.__getitem__, hyper, engine)
+            if not closed or not isinstance(made, Rotations):
                 raise ConfigError("align.init=procrustes: both sides at once have no closed form; use init=identity")
-            refuse_reflections(solved)
+            refuse_reflections(made.by_tensor(closed))
             made.assign(closed)
         fit(engine, module, resume)
         after = measure(engine, module)
@@ -146,6 +146,15 @@ def learn(
         "parameters": sum(part.numel() for part in result.parameters()),
         "seconds": time.monotonic() - began,
     }
+
+
+def closed_form(
+    family: Family, terms: Callable[[str], Sequence[Term]], hyper: Mapping[str, Any], engine: Any
+) -> list[Tensor] | None:
+    """The rotations that minimise the squares of `terms`; None for a family that is none or has no closed form."""
+    if not isinstance(family, Turns) or "anchor" not in hyper:
+        return None
+    return family.closed_form(terms, anchor=hyper["anchor"], device=engine.strategy.root_device)
 
 
 def check(settings: Mapping[str, Any], *, sampled: bool) -> None:

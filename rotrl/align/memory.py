@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rotrl.align.deltas import Directions, Free, LowRank
 from rotrl.align.family import Family
+from rotrl.align.frames import stiefel_family
 from rotrl.align.low_rank import LowRankTurns
 from rotrl.align.objective import CHUNK
-from rotrl.align.parametrization import CayleyTurns, Rotations
+from rotrl.align.parametrization import CayleyTurns
 from rotrl.align.trainer import frozen_dtype
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError
 
-KINDS: dict[str, tuple[type[Family], tuple[str, ...]]] = {
-    "stiefel": (Rotations, ("side", "block", "share")),
+KINDS: dict[str, tuple[Callable[..., Family], tuple[str, ...]]] = {
+    "stiefel": (stiefel_family, ("side", "block", "share")),
     "cayley": (CayleyTurns, ("side", "block", "share")),
     "low_rank": (LowRankTurns, ("side", "rank", "share")),
     "lora": (LowRank, ("rank",)),

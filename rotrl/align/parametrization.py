@@ -19,6 +19,8 @@ from rotrl.linalg.cayley import cayley
 from rotrl.linalg.procrustes import nearest
 from rotrl.linalg.rotation import orthogonality_error
 
+Term = tuple[float, Tensor, Tensor | None]  # weight, target of a matrix, metric C of its inputs
+
 
 @dataclass(frozen=True)
 class Action:
@@ -40,7 +42,8 @@ class Turns(Family):
     """Rotated weights `R W` (left), `W R` (right) or `L W R` (both).
 
     `side` is where the rotation acts: `left` (outputs), `right` (inputs), `both`, or `small`, the smaller of the two,
-    where the rotation is unique as long as the weight has full rank; square matrices are rotated on the right.
+    where the rotation is unique as long as the weight has full rank; square matrices are rotated on the right. `large`
+    is the other one.
     `block` makes R block-diagonal with blocks of that size; a matrix with fewer dimensions is one block. `share` says
     which matrices have a rotation in common (`sharing.places`).
     """
@@ -108,30 +111,34 @@ class Turns(Family):
 
     @torch.no_grad()
     def closed_form(
-        self, target: Callable[[str], Tensor], *, anchor: float, device: torch.device | str = "cpu"
+        self, terms: Callable[[str], Sequence[Term]], *, anchor: float, device: torch.device | str = "cpu"
     ) -> list[Tensor] | None:
-        """Procrustes: stacks (float64) of the orthogonal R that minimise `sum |turned W - target|^2` over what R turns.
+        """Procrustes: stacks (float64) of the orthogonal R that minimise `sum w |(turned W - T) C^(1/2)|^2`.
 
-        `R = polar(sum T W^T + mu I)` on the left, `W^T T` on the right, `mu = anchor sum |W|^2 / rank`. None where both
-        sides turn, which has no closed form.
+        `R = polar(sum w T C W^T + mu I)` on the left, `W^T T` on the right, where a C counts as I for want of a closed
+        form; `mu = anchor sum w |W C^(1/2)|^2 / rank`. None where both sides turn, which has no closed form.
         """
         if any(len(actions) > 1 for actions in self.acting):
             return None
         overlaps = [torch.zeros(part.shape, dtype=torch.float64, device=device) for part in self.matrices()]
         energies = [torch.zeros(part.shape[:-1], dtype=torch.float64, device=device) for part in overlaps]
         ranks = [[0] * len(part) for part in overlaps]
+        right = {action.stack for (action,) in self.acting if action.side == "right"}
         for index, names in enumerate(self.shapes):
             (action,) = self.acting[index]
             for name, row, weight in zip(names, action.rows, self.weights(index), strict=True):
-                w, t = weight.to(device).double(), target(name).to(device).double()
-                w, t = (w, t) if action.side == "left" else (w.mT, t.mT)
+                whole = weight.to(device).double()
                 overlap, energy = overlaps[action.stack][row], energies[action.stack][row]
-                shape = (*energy.shape, w.shape[-1])
-                moment = t.reshape(shape) @ w.reshape(shape).mT
-                # on the right R^T turns W^T, and the transpose of an inverse is R itself
-                overlap += moment if (action.side == "left") != action.inverse else moment.mT
-                energy += w.square().sum(-1).view_as(energy)
-                ranks[action.stack][row] += w.shape[-1]
+                for share, target, metric in terms(name):
+                    w, t = whole, target.to(whole)
+                    through = w if metric is None or action.stack in right else w @ metric.to(w)
+                    w, t, through = (w, t, through) if action.side == "left" else (w.mT, t.mT, through.mT)
+                    shape = (*energy.shape, w.shape[-1])
+                    moment = share * (t.reshape(shape) @ through.reshape(shape).mT)
+                    # on the right R^T turns W^T, and the transpose of an inverse is R itself
+                    overlap += moment if (action.side == "left") != action.inverse else moment.mT
+                    energy += share * (w * through).sum(-1).view_as(energy)
+                ranks[action.stack][row] += weight.shape[1 if action.side == "left" else 0]
         for overlap, energy, rank in zip(overlaps, energies, ranks, strict=True):
             least = torch.tensor(rank, device=overlap.device).clamp(max=overlap.shape[-1])
             mu = anchor * energy.sum(-1) / least.view(-1, *[1] * (energy.ndim - 2))
@@ -151,7 +158,7 @@ class Turns(Family):
 
     def rms_angle(self) -> Tensor:
         """Root mean square angle in radians over all dimensions of all rotations (chord, see `squared_angle`)."""
-        return (self.squared_angle() / self.dimensions()).sqrt()
+        return (self.squared_angle().clamp(min=0) / self.dimensions()).sqrt()
 
     def dimensions(self) -> int:
         """Of all rotations together."""

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from rotrl.align.source import Problem
 from rotrl.checkpoint.files import whole_file
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.checkpoint.rotations import SIDES, Delta, Rotation, save_rotations
+from rotrl.checkpoint.rotations import SIDES, Delta, Rotation, is_frame, save_rotations
 from rotrl.errors import NumericsError
+from rotrl.linalg.frames import frame_angles
 from rotrl.linalg.rotation import angles, orthogonality_error
 
 ROTATIONS, DELTAS = "rotations.safetensors", "deltas.safetensors"
@@ -43,19 +44,19 @@ def write_results(
     orthogonality error are None where nothing is rotated. NumericsError where rotations are not orthogonal.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows, found, error = [], {}, 0.0
+    rows, found, error, whole = [], {}, 0.0, Energies()
     for name, adapted in learned.items():
-        role = role_of(name, problem.state[name].shape)
-        figures = (explained(problem, {name: adapted}), change(problem, {name: adapted}))
+        source = problem.state[name].double()
+        role, energies = role_of(name, source.shape), energies_of(source, adapted, problem.target(name))
+        whole += energies
         extra = (details or {}).get(name, {}).values()
         for side in _sides(adapted) or ("",):
             spread: tuple[float | None, ...] = (None, None)
             if side:
-                matrix = getattr(adapted, side).double()
-                found[name, side] = angles(matrix).rad2deg()
-                error = max(error, float(orthogonality_error(matrix)))
+                found[name, side] = _angles(source, adapted, side).rad2deg()
+                error = max(error, float(orthogonality_error(_columns(getattr(adapted, side)))))
                 spread = (_rms(found[name, side]), float(found[name, side].max()))
-            rows.append((name, role.layer, role.module, side, *spread, *figures, *extra))
+            rows.append((name, role.layer, role.module, side, *spread, energies.explained, energies.change, *extra))
     if not error < ORTHOGONAL:
         raise NumericsError(f"rotations lost orthogonality (max |R^T R - I| is {error:.1e}); lower align.lr")
     columns = COLUMNS + tuple(next(iter((details or {}).values()), {}))
@@ -80,9 +81,9 @@ def write_results(
         "angle_rms": _rms(torch.cat(list(found.values()))) if found else None,
         "angle_max": max(float(angle.max()) for angle in found.values()) if found else None,
         "orthogonality_error": error if found else None,
-        "explained": explained(problem, learned),
+        "explained": whole.explained,
         "closed_form": explained(problem, closed) if closed else None,
-        "change": change(problem, learned),
+        "change": whole.change,
         "rotations": ROTATIONS if found else DELTAS,
     }
 
@@ -92,24 +93,52 @@ def learned_file(folder: Path) -> Path | None:
     return next((path for name in (ROTATIONS, DELTAS) if (path := folder / name).is_file()), None)
 
 
+class Energies(NamedTuple):
+    """Squared distances: left of source to target, of both, that the source was moved, and from its zero."""
+
+    left: float = 0.0
+    total: float = 0.0
+    moved: float = 0.0
+    source: float = 0.0
+
+    def __add__(self, other: "Energies") -> "Energies":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Energies(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def explained(self) -> float | None:
+        """Share of `|S - T|^2` that is removed; None where source and target are equal."""
+        return 1 - self.left / self.total if self.total else None
+
+    @property
+    def change(self) -> float:
+        """Length of the change over that of the source."""
+        return (self.moved / self.source) ** 0.5
+
+
+def energies_of(source: Tensor, adapted: Rotation | Delta, target: Tensor) -> Energies:
+    """Of one tensor."""
+    moved = adapted.apply(source)
+    parts = (moved - target, source - target, moved - source, source)
+    return Energies(*(float(part.square().sum()) for part in parts))
+
+
 def explained(problem: Problem, learned: Learned) -> float | None:
-    """Share of `sum |S - T|^2` that is removed; None where source and target are equal."""
-    left = total = 0.0
-    for name, adapted in learned.items():
-        source, target = problem.state[name].double(), problem.target(name)
-        left += float(_energy(adapted.apply(source) - target))
-        total += float(_energy(source - target))
-    return 1 - left / total if total else None
+    """`Energies.explained` of all tensors together."""
+    found = (energies_of(problem.state[name].double(), learned[name], problem.target(name)) for name in learned)
+    return sum(found, Energies()).explained
 
 
-def change(problem: Problem, learned: Learned) -> float:
-    """Length of the change over that of the source, of all tensors together."""
-    moved = whole = 0.0
-    for name, adapted in learned.items():
-        source = problem.state[name].double()
-        moved += float(_energy(adapted.apply(source) - source))
-        whole += float(_energy(source))
-    return (moved / whole) ** 0.5
+def _angles(source: Tensor, adapted: Rotation | Delta, side: str) -> Tensor:
+    matrix = getattr(adapted, side).double()
+    if not is_frame(matrix):
+        return angles(matrix)
+    return frame_angles(source if side == "left" else source.mT, _columns(matrix))
+
+
+def _columns(side: Tensor) -> Tensor:
+    """What has orthonormal columns: a whole rotation, or a frame or its transpose."""
+    matrix = side.double()
+    return matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
 
 
 def _sides(adapted: Rotation | Delta) -> tuple[str, ...]:
@@ -118,7 +147,3 @@ def _sides(adapted: Rotation | Delta) -> tuple[str, ...]:
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _energy(matrix: Tensor) -> Tensor:
-    return matrix.square().sum()

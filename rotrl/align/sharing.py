@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rotrl.checkpoint.layout import role_of
 from rotrl.errors import ConfigError
 
-SIDES = ("small", "left", "right", "both")
+SIDES = ("small", "large", "left", "right", "both")
 SHARES = ("none", "layer", "residual")
 READS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "embedding", "head")  # rows of an embedding count as read
 WRITES = ("o", "down")
@@ -49,20 +49,20 @@ def sides_of(shape: Sequence[int], side: str) -> tuple[str, ...]:
 
 
 def side_of(shape: Sequence[int], side: str) -> str:
-    """`left` or `right` for a matrix (out, in), of which `both` gives the one of `small`."""
+    """`left` or `right` for a matrix (out, in), of which `both` gives the one of `small`; `large` is the other."""
     if side not in SIDES:
         raise ConfigError(f"align.side={side!r}; one of: {', '.join(SIDES)}")
     if side in ("left", "right"):
         return side
-    return "left" if shape[0] < shape[1] else "right"
+    return "left" if (shape[0] < shape[1]) != (side == "large") else "right"
 
 
 def blocks_of(d: int, block: int | None, name: str) -> int:
     """Number of blocks of a rotation in d dimensions; one where `block` is None or not smaller."""
     if block is None and d > DENSE:
         raise ConfigError(
-            f"'{name}' would be rotated by a dense matrix in {d} dimensions; use align.side=small, align=low_rank or a "
-            f"smaller align.block (align.block={d} asks for the dense one)"
+            f"'{name}' would be rotated by a dense matrix in {d} dimensions; use align.side=small, align=stiefel with "
+            f"align.side=large, align=low_rank or a smaller align.block (align.block={d} asks for the dense one)"
         )
     if block is None or block >= d:
         return 1

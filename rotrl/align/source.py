@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.checkpoint.rotations import Rotation
+from rotrl.checkpoint.rotations import Rotation, is_frame
 from rotrl.errors import ConfigError, NumericsError
 
 
@@ -36,11 +36,16 @@ class Problem:
         parts = [weight * self.teachers[teacher].read(name).double() for teacher, weight in self.mix.items()]
         return torch.stack(parts).sum(0)
 
+    def terms(self, name: str) -> list[tuple[float, Tensor, None]]:
+        """The target as the one term of a square (`Turns.closed_form`)."""
+        return [(1.0, self.target(name), None)]
+
 
 def refuse_reflections(rotations: Mapping[str, Rotation]) -> None:
-    """NumericsError that names every tensor whose orthogonal matrix has determinant -1."""
+    """NumericsError that names every tensor whose orthogonal matrix has determinant -1; frames have none."""
     sides = {name: rotation.right if rotation.left is None else rotation.left for name, rotation in rotations.items()}
-    wrong = [name for name, matrix in sides.items() if matrix is not None and torch.linalg.slogdet(matrix).sign < 0]
+    whole = {name: matrix for name, matrix in sides.items() if matrix is not None and not is_frame(matrix)}
+    wrong = [name for name, matrix in whole.items() if torch.linalg.slogdet(matrix).sign < 0]
     if wrong:
         raise NumericsError(
             f"{', '.join(wrong)}: the Procrustes solution is a reflection (determinant -1); raise align.anchor"

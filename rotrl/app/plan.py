@@ -72,7 +72,7 @@ def _stages(cfg: Mapping[str, Any], labels: list[str], console: Console) -> None
 def _align_details(align: Mapping[str, Any] | None) -> str:
     if align is None:
         return ""
-    keys = ("source", "teachers", "steps")
+    keys = ("source", "teachers", "side", "steps")
     told = [f"{key} {align[key]}" for key in keys if key in align]
     told += [f"control {label}" for label in align.get("controls") or {}]
     return " (" + ", ".join(told) + ")"
@@ -115,6 +115,7 @@ def _merges(prepared: Prepared, console: Console) -> None:
         plan = plan_merge(prepared.base, prepared.experts, method, dtype=prepared.cfg["dtype"])
         total += plan["bytes"]
         turned += [f"{label}: {', '.join(modules)}: {told}" for told, modules in plan["rotations"].items()]
+        turned += [f"{label}: {name} by {told}" for name, told in plan["given"].items()]
         warnings += [f"{label}: {text}" for text in plan["warnings"]]
         scale = "ignores merge_scale" if plan["scale"] is None else str(plan["scale"])
         table.add_row(label, scale, str(plan["passes"]), f"{plan['bytes'] / 1e9:.3f}")

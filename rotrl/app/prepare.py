@@ -1,18 +1,21 @@
 """Everything that can be wrong with the input is found here, before a byte is written."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rotrl import config
 from rotrl.app.models import open_models
 from rotrl.app.stage import digest, source_digest
+from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import stands_in_a_folder
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
 from rotrl.merge.check import pattern_faults
+from rotrl.merge.given import open_given
 from rotrl.merge.method import Method, bind, parameters_of
 
 # Keys that say where and how a run is shown, not what it computes.
@@ -61,7 +64,12 @@ class Prepared:
         controls = {name: model.sha256 for name, model in self.controls.items()}
         settings |= {key: self.cfg["models"].get(key) for key in ("rebase", "canonicalize")}
         asked = [content_digest(task) for task in (*self.tasks, *self.prompts.values())]
-        return digest([settings, self.weights, controls, asked, source_digest(PACKAGES)])
+        files = [file_sha256(Path(path)) for method in self.stack() for path in method.rotation_files.values()]
+        return digest([settings, self.weights, controls, asked, *([files] if files else []), source_digest(PACKAGES)])
+
+    def stack(self) -> list[Method]:
+        """Every method, and those that others work on."""
+        return [under for method in self.methods.values() for under in (method, method.of) if under is not None]
 
     def teachers(self) -> list[str]:
         """The experts that alignment samples from and distils."""
@@ -103,13 +111,14 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
     methods, applied = methods_of(cfg)
     base, experts, controls = open_models(cfg)
     check_names(experts, methods)
-    check_patterns(base, methods)
     known = cfg["models"].get("known_as") or {}
     if strangers := known.keys() - {"base", *experts}:
         raise ConfigError(config.unknown_key(f"models.known_as.{min(strangers)}", ["base", *experts]))
     check_rebase(cfg, experts)
     check_grams(methods)
     prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
+    check_patterns(base, prepared.stack())
+    check_given(prepared)
     check_align(prepared)
     return replace(prepared, prompts=load_prompts(prepared))
 
@@ -175,11 +184,17 @@ def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]
         )
 
 
-def check_patterns(base: Checkpoint, methods: Mapping[str, Method]) -> None:
+def check_patterns(base: Checkpoint, stack: Sequence[Method]) -> None:
     """Values of merge.per_layer that would count for no tensor."""
-    stack = [under for method in methods.values() for under in (method, method.of) if under is not None]
     if faults := [fault for method in stack for fault in pattern_faults(method.per_layer, list(base.tensors))]:
         raise ConfigError("; ".join(dict.fromkeys(faults)))
+
+
+def check_given(prepared: Prepared) -> None:
+    """Files of rotations that a merge is given. Of experts that merges see otherwise the merge itself checks them."""
+    derived = prepared.cfg["models"].get("rebase") or prepared.cfg["models"].get("canonicalize")
+    for method in prepared.stack():
+        open_given(method.rotation_files, prepared.base, {} if derived else prepared.experts)
 
 
 def check_fit(prepared: Prepared) -> None:

@@ -1,6 +1,7 @@
 """What an alignment learned, one entry per tensor in float32, with what it applies to in the metadata.
 
-rotations.safetensors holds rotations, deltas.safetensors differences to the weights that the alignment began from.
+rotations.safetensors holds rotations, whole ones or frames, deltas.safetensors differences to the weights that the
+alignment began from.
 """
 
 import json
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from rotrl.checkpoint.files import whole_file
 from rotrl.errors import CheckpointError
+from rotrl.linalg.frames import towards
+from rotrl.linalg.rotation import geodesic
 
 SIDES = ("left", "right")
 DELTA = "delta"
@@ -22,19 +25,35 @@ DELTA = "delta"
 
 @dataclass(frozen=True)
 class Rotation:
-    """`left @ W @ right` for W (out=m, in=n): left is (m, m), right (n, n), None stands for the identity."""
+    """`left @ W @ right` for W (out=m, in=n): left is (m, m), right (n, n), None stands for the identity.
+
+    A side of the shape of a W that is not square holds a frame, which takes the place of that of W and stands for the
+    smallest rotation between both (`linalg.frames`).
+    """
 
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """The rotated weight, in float32 or better."""
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    def apply(self, weight: Tensor, t: float = 1.0) -> Tensor:
+        """The rotated weight, in float32 or better; `left^t W right^t`, in float64, on the way. Raises like `log`."""
+        whole = torch.float32 if t == 1 else torch.float64
+        weight = weight.to(torch.promote_types(weight.dtype, whole))
         if self.left is not None:
-            weight = self.left.to(weight) @ weight
+            weight = _turned(weight, self.left.to(weight), t)
         if self.right is not None:
-            weight = weight @ self.right.to(weight)
-        return weight
+            weight = _turned(weight.mT, self.right.to(weight).mT, t).mT
+        return weight.contiguous()
+
+
+def _turned(weight: Tensor, left: Tensor, t: float) -> Tensor:
+    if is_frame(left):
+        return towards(weight.double(), left.double(), t).to(weight)
+    return (left if t == 1 else geodesic(left, t)) @ weight
+
+
+def is_frame(side: Tensor) -> bool:
+    """Whether a side of a rotation is given by a frame."""
+    return side.shape[-2] != side.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -43,10 +62,10 @@ class Delta:
 
     delta: Tensor
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """The changed weight, in float32 or better."""
+    def apply(self, weight: Tensor, t: float = 1.0) -> Tensor:
+        """The changed weight, in float32 or better; `W + t delta` on the way."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return weight + self.delta.to(weight)
+        return weight + t * self.delta.to(weight)
 
 
 @dataclass(frozen=True)
@@ -55,13 +74,13 @@ class RotationsFile:
 
     path: Path
     metadata: dict[str, str]
-    sizes: dict[str, dict[str, int]]  # tensor -> side -> dimensions
-    shapes: dict[str, tuple[int, ...]]  # tensor -> shape of its delta
+    sides: dict[str, dict[str, tuple[int, ...]]]  # tensor -> side -> shape: square, or that of the tensor for a frame
+    deltas: dict[str, tuple[int, ...]]  # tensor -> shape of its delta
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors that have rotations or deltas."""
-        return (*self.sizes, *self.shapes)
+        return (*self.sides, *self.deltas)
 
     @property
     def source(self) -> dict:
@@ -70,9 +89,11 @@ class RotationsFile:
 
     def get(self, name: str) -> Rotation | Delta | None:
         """What was learned of the tensor `name`, None where that is nothing."""
-        if name in self.shapes:
-            return Delta(**self._read(name, [DELTA]))
-        return Rotation(**self._read(name, self.sizes[name])) if name in self.sizes else None
+        return Delta(**self._read(name, [DELTA])) if name in self.deltas else self.rotation(name)
+
+    def rotation(self, name: str) -> Rotation | None:
+        """The rotation of the tensor `name`, None where it has none."""
+        return Rotation(**self._read(name, self.sides[name])) if name in self.sides else None
 
     def _read(self, name: str, kinds: Iterable[str]) -> dict[str, Tensor]:
         with safe_open(self.path, framework="pt") as handle:
@@ -118,20 +139,20 @@ def open_rotations(path: Path | str) -> RotationsFile:
         kind = entry.rpartition(".")[2]
         if kind not in (*SIDES, DELTA):
             problems.append(f"'{entry}' does not end in .left, .right or .delta")
-        elif kind in SIDES and (len(shape) != 2 or shape[0] != shape[1]):
-            problems.append(f"'{entry}' has shape {list(shape)}, a square matrix is expected")
+        elif kind in SIDES and (len(shape) != 2 or shape[SIDES.index(kind)] < max(shape)):
+            problems.append(f"'{entry}' has shape {list(shape)}, a square matrix or a frame is expected")
     try:
         json.loads(metadata["source"])
     except (KeyError, ValueError):
         problems.append("metadata 'source' is absent or not JSON")
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}; run the alignment again")
-    sizes: dict[str, dict[str, int]] = {}
+    sides: dict[str, dict[str, tuple[int, ...]]] = {}
     deltas: dict[str, tuple[int, ...]] = {}
     for entry in sorted(shapes):
         name, _, kind = entry.rpartition(".")
         if kind == DELTA:
             deltas[name] = shapes[entry]
         else:
-            sizes.setdefault(name, {})[kind] = shapes[entry][0]
-    return RotationsFile(path, metadata, sizes, deltas)
+            sides.setdefault(name, {})[kind] = shapes[entry]
+    return RotationsFile(path, metadata, sides, deltas)

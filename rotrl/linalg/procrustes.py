@@ -11,7 +11,7 @@ def polar(m: Tensor) -> Tensor:
 
     Shape (..., rows, cols). Where `m` is rank-deficient the completion is arbitrary. NumericsError on NaN or Inf.
     """
-    u, _, vh = _svd(m)
+    u, _, vh = singular(m)
     return _polish(u @ vh)
 
 
@@ -36,7 +36,7 @@ def procrustes(source: Tensor, target: Tensor, *, side: str, anchor: float = 0.0
 
 def nearest(m: Tensor) -> Tensor:
     """The R in O(n) that maximises `tr(R^T m)`: polar(m), on a null space of m the one nearest to I."""
-    u, values, vh = _svd(m)
+    u, values, vh = singular(m)
     floor = values[..., :1] * max(m.shape[-2:]) * torch.finfo(m.dtype).eps
     null = (values <= floor).to(m)[..., None, :]
     # On the null space every completion is a minimiser; the one nearest to I is the polar factor of the overlap of
@@ -45,7 +45,8 @@ def nearest(m: Tensor) -> Tensor:
     return polar((u * (1 - null)) @ vh + overlap) if null.any() else _polish(u @ vh)
 
 
-def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def singular(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V^T of the thin singular value decomposition. NumericsError on NaN or Inf."""
     if not m.isfinite().all():
         raise NumericsError("NaN or Inf in a matrix whose singular values are needed; check the weights")
     try:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rotrl.linalg.cayley import inverse_cayley
+from rotrl.linalg.frames import polar_factors, smallest_turn, spanned
 from rotrl.linalg.procrustes import polar, procrustes
 from rotrl.linalg.turns import Turn, Turns
 
@@ -56,6 +57,25 @@ def exact_turns(w0: Tensor, updates: Sequence[Tensor], *, anchor: float, publish
         r = polar(base.mT @ (base + d)) if published else procrustes(base, base + d, side="right", anchor=anchor)
         generators.append(Turn(inverse_cayley(r)))
     return Turns(base, frame, _nothing(base), generators)
+
+
+def given_turns(w0: Tensor, rotations: Sequence[Tensor | None]) -> Turns:
+    """Rotations that are given (None: the identity), in float64: R_k (n, n), or frames of a wide W0, of its shape, in
+    the joint row space of all (linalg.frames). NumericsError as in `exact_turns`.
+    """
+    w, given = w0.double(), [None if r is None else r.double().mT for r in rotations]
+    frames = [r for r in given if r is not None and r.shape[-2] > r.shape[-1]]
+    if len(frames) == sum(r is not None for r in given) and w.shape[-2] < w.shape[-1]:
+        basis, found = spanned(polar_factors(w.mT)[0], frames)
+        turned = [None if r is None else found.pop(0) for r in given]
+    else:
+        basis = torch.eye(w.shape[-1]).to(w)
+        start = polar_factors(w.mT)[0] if frames else w
+        turned = [r if r is None or r.shape[-2] == r.shape[-1] else smallest_turn(start, r) for r in given]
+    nothing = basis.new_zeros(basis.shape[-1], basis.shape[-1])
+    # Of the transposes, R^T on the left: its generator is -Q.
+    generators = [Turn(nothing if r is None else -inverse_cayley(r)) for r in turned]
+    return Turns(w @ basis, basis.mT, _nothing(w), generators)
 
 
 def small_turns(w0: Tensor, updates: Sequence[Tensor], *, anchor: float) -> Turns | None:

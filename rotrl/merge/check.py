@@ -109,6 +109,20 @@ def gram_faults(gram: Any) -> list[str]:
     return problems
 
 
+def rotations_faults(files: Any, expert_names: Sequence[str]) -> list[str]:
+    """What is wrong with `merge.rotations`: a file for every expert, or null."""
+    if files is None:
+        return []
+    if not isinstance(files, Mapping) or not all(isinstance(path, str) for path in files.values()):
+        return [f"merge.rotations is {files!r}, a map from expert to rotations.safetensors is expected"]
+    problems = [
+        f"merge.rotations names {name!r}, the experts are {', '.join(expert_names)}"
+        for name in files
+        if name not in expert_names
+    ]
+    return problems + [f"merge.rotations lacks expert {name!r}" for name in expert_names if name not in files]
+
+
 def unknown(key: str, owner: str, known: Sequence[str]) -> str:
     """The words for a key that is not among the known ones, with the nearest of them."""
     near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)

@@ -16,6 +16,7 @@ from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.layout import MATRICES, Role, role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
+from rotrl.checkpoint.rotations import RotationsFile, open_rotations
 from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
 from rotrl.checkpoint.staging import AlreadyPublished, staging
@@ -40,7 +41,7 @@ def plan_merge(
 ) -> dict[str, Any]:
     """What a merge will do, by headers: tensors by role, bytes, scale (None without), passes, peak memory, warnings.
 
-    `rotations` maps how a matrix is turned, in words, to the modules that are.
+    `rotations` maps how a matrix is turned, in words, to the modules that are; `given` says what files hold.
     """
     check_family(base, experts)
     roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
@@ -66,6 +67,7 @@ def plan_merge(
         "scale": method.scale,
         "passes": method.passes,
         "rotations": _rotations(base, method, roles),
+        "given": {name: _words(open_rotations(path)) for name, path in method.rotation_files.items()},
         "peak_bytes": max(held) * 4 * (2 * len(experts) + 4),
         "warnings": warnings,
     }
@@ -79,6 +81,11 @@ def _rotations(base: Checkpoint, method: Method, roles: Mapping[str, Role]) -> d
         if side is not None and role.module not in (modules := found.setdefault(how(shape, side), [])):
             modules.append(role.module)
     return {told: sorted(modules, key=[*MATRICES, *modules].index) for told, modules in found.items()}
+
+
+def _words(file: RotationsFile) -> str:
+    by = ", ".join(file.metadata[key] for key in ("parametrization", "objective") if key in file.metadata)
+    return f"{len(file.sides)} rotations of {file.path}" + (f" ({by})" if by else "")
 
 
 def merge_state(
@@ -238,6 +245,7 @@ def _inputs(merger: Merger, dtype: str, rounding: str, rotations: Path | None) -
         "dtype": dtype,
         "rounding": rounding,
         "rotations": file_sha256(rotations) if rotations and merger.rotations else None,
+        **({"given": {name: file_sha256(file.path) for name, file in merger.given.items()}} if merger.given else {}),
         **({"grams": {name: grams.sha256 for name, grams in merger.grams.items()}} if merger.grams else {}),
         "sidecars": sidecar_digest(merger.base),
         "numbers": NUMBERS,

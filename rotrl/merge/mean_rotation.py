@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rotrl.errors import NumericsError
-from rotrl.linalg.small import turns
+from rotrl.linalg.small import given_turns, turns
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import shares
-from rotrl.merge.rotation import lie_sum, on_the_right, with_residuals
+from rotrl.merge.rotation import Given, lie_sum, on_one_side, on_the_right, with_residuals
 from rotrl.merge.types import Matrix, NonNegative, Side, Within
 
 Weights = Sequence[float] | None
@@ -28,10 +28,12 @@ def lie_mean(
     weights: Weights = None,
     side: Side = "right",
     anchor: NonNegative = 0.01,
+    rotations: Given = None,
 ) -> Tensor:
     """Mean in the Lie algebra: `W0 exp(scale mean log R_k) + scale residual_scale mean E_k`."""
     mean = shares(weights, len(experts), positive=True)
-    return lie_sum(base, experts, scale=scale, residual_scale=residual_scale, weights=mean, side=side, anchor=anchor)
+    rest = {"residual_scale": residual_scale, "side": side, "anchor": anchor, "rotations": rotations}
+    return lie_sum(base, experts, scale=scale, weights=mean, **rest)
 
 
 def karcher_rotation(
@@ -45,6 +47,7 @@ def karcher_rotation(
     weights: Weights = None,
     side: Side = "right",
     anchor: NonNegative = 0.01,
+    rotations: Given = None,
 ) -> Tensor:
     """Riemannian mean R of the rotations: `W0 R^scale + scale residual_scale mean E_k`.
 
@@ -63,7 +66,7 @@ def karcher_rotation(
                 return r
         raise NumericsError(f"no mean rotation within {max_iter} steps; use merge=chordal or a larger anchor")
 
-    return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor)
+    return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor, rotations)
 
 
 def chordal(
@@ -75,6 +78,7 @@ def chordal(
     weights: Weights = None,
     side: Side = "right",
     anchor: NonNegative = 0.01,
+    rotations: Given = None,
 ) -> Tensor:
     """Chordal mean `R = polar(sum w_k R_k)`, nearest to all in Frobenius norm: `W0 R^scale + scale mean E_k`.
 
@@ -84,7 +88,7 @@ def chordal(
     def mean(found: Turns, rotations: Sequence[Turn], w: Sequence[float]) -> Turn:
         return found.polar(found.combined(rotations, w))
 
-    return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor)
+    return _averaged(mean, base, experts, scale, residual_scale, weights, side, anchor, rotations)
 
 
 def _averaged(
@@ -96,12 +100,14 @@ def _averaged(
     weights: Weights,
     side: Side,
     anchor: float,
+    rotations: Given,
 ) -> Tensor:
     w = shares(weights, len(experts), positive=True)
+    side, given = on_one_side(rotations, side)
 
     def merged(w0: Tensor, *ws: Tensor) -> Tensor:
         vectors = [x - w0 for x in ws]
-        found = turns(w0, vectors, anchor=anchor)
+        found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
         whole = mean(found, [found.whole(q) for q in found.generators], w)
         if scale != 1:
             generator = found.log(found.inverse_cayley(whole))

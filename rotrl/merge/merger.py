@@ -11,10 +11,11 @@ from torch import Tensor
 from rotrl.checkpoint.grams import Grams, open_grams
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
-from rotrl.checkpoint.rotations import SIDES, RotationsFile, open_rotations
+from rotrl.checkpoint.rotations import RotationsFile
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
 from rotrl.merge.check import pattern_faults
 from rotrl.merge.chunks import Chunks, finite
+from rotrl.merge.given import open_fitting, open_given
 from rotrl.merge.method import Method, bind
 from rotrl.merge.scale import Merged
 from rotrl.merge.statistics import Statistics
@@ -51,13 +52,13 @@ class Merger:
         if method.needs_rotations and self.rotations is None:
             if rotations is None:
                 raise ConfigError(f"merge={method.name} applies rotations and there are none; choose an align stage")
-            self.rotations = open_rotations(rotations)
-            if self.rotations.shapes and not method.takes_deltas:
+            self.rotations = open_fitting(rotations, base, self.experts)
+            if self.rotations.deltas and not method.takes_deltas:
                 raise ConfigError(
                     f"merge={method.name} turns weights and {rotations} holds no rotations; choose align=stiefel"
                 )
-            self._check(self.rotations)
             self._source = self._source_of(self.rotations)
+        self.given = open_given(method.rotation_files, base, self.experts)
         self.grams = self._open_grams(grams) if method.gram is not None else {}
 
     def by_rows(self, name: str) -> bool:
@@ -92,6 +93,7 @@ class Merger:
             pieces,
             depth=None if role.layer is None else role.layer / max(1, self._last_layer),
             rotation=self.rotations.get(name) if self.rotations else None,
+            rotations=[self.given[expert].rotation(name) for expert in self.experts] if self.given else None,
             source=self._source(name, base, experts) if self._source else None,
             merged=self._under.merged(name, base, experts) if self._under else None,
             statistics=self.statistics,
@@ -140,32 +142,6 @@ class Merger:
         without = [name for name in self.acted if any(name not in grams.entries for grams in self.grams.values())]
         told = f"{len(without)} tensors have no Gram matrix and are averaged, first '{without[0]}'" if without else ""
         return [told] if told else []
-
-    def _check(self, rotations: RotationsFile) -> None:
-        """Whether the rotations fit the tensors and were made for these weights."""
-        problems = []
-        for name, sizes in rotations.sizes.items():
-            info = self.base.tensors.get(name)
-            if info is None:
-                problems.append(f"'{name}' is no tensor of the base")
-                continue
-            expected: dict[str, int] = dict(zip(SIDES, info.shape, strict=False))
-            problems += [
-                f"'{name}.{side}' turns {size} dimensions, the tensor has {expected.get(side)}"
-                for side, size in sizes.items()
-                if size != expected.get(side)
-            ]
-        for name, shape in rotations.shapes.items():
-            info = self.base.tensors.get(name)
-            if info is None or tuple(info.shape) != shape:
-                there = "none of that name" if info is None else f"one of {list(info.shape)}"
-                problems.append(f"'{name}.delta' has shape {list(shape)}, the base has {there}")
-        models = {"base": self.base, **self.experts}
-        for name, sha256 in json.loads(rotations.metadata.get("inputs", "{}")).items():
-            if name in models and models[name].sha256 != sha256:
-                problems.append(f"it was made for other weights of {name}")
-        if problems:
-            raise CheckpointError(f"{rotations.path}: {'; '.join(problems)}; run the alignment again")
 
     def _source_of(self, rotations: RotationsFile) -> Source:
         source, experts = rotations.source, list(self.experts)

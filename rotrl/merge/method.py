@@ -14,7 +14,7 @@ from torch import Tensor
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError, NumericsError
-from rotrl.merge.check import gram_faults, per_layer_of, unknown, value_at, value_faults, weights_of
+from rotrl.merge.check import gram_faults, per_layer_of, rotations_faults, unknown, value_at, value_faults, weights_of
 from rotrl.merge.linear import interpolation, linear, task_arithmetic
 from rotrl.merge.scale import Merged, at_scale
 from rotrl.merge.statistics import Statistics
@@ -22,7 +22,7 @@ from rotrl.merge.summary import Summary
 from rotrl.merge.types import Matrix, Pair, Rows, Side
 
 SCOPES = ("matrices", "all")
-GIVEN = ("rotation", "source", "merged", "statistics", "summary", "grams")  # by the engine, not by the configuration
+GIVEN = ("rotation", "rotations", "source", "merged", "statistics", "summary", "grams")  # by the engine, not the yaml
 ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 
 
@@ -53,6 +53,11 @@ class Method:
         return self.of.gram if self.of else None
 
     @property
+    def rotation_files(self) -> dict[str, str]:
+        """Files of the rotations of the base towards each expert; empty where the function finds them itself."""
+        return dict(self.config.get("rotations") or {}) if "rotations" in self._parameters else {}
+
+    @property
     def takes_deltas(self) -> bool:
         """Whether what it applies may be a Delta as well as a Rotation."""
         return Delta in get_args(get_type_hints(self.function).get("rotation"))
@@ -81,7 +86,7 @@ class Method:
     def side(self, tensor: str, role: Role) -> Side | None:
         """The side of a matrix that it, or the method under it, rotates in closed form."""
         values = self.per_layer.get("side", {})
-        own = value_at(values, self.hyper.get("side"), tensor, role, None)
+        own = None if self.rotation_files else value_at(values, self.hyper.get("side"), tensor, role, None)
         return self.of.side(tensor, role) if own is None and self.of else own
 
     def acts_on(self, role: Role, dims: int) -> bool:
@@ -113,6 +118,7 @@ class Method:
         merged: Tensor | None = None,
         statistics: Statistics | None = None,
         grams: Sequence[Tensor] | None = None,
+        rotations: Sequence[Rotation | None] | None = None,
     ) -> Iterator[Merged]:
         """Base, experts and merge of each piece, by the function or, out of its scope, by `of` or the linear rule.
 
@@ -131,7 +137,8 @@ class Method:
         else:
             function, hyper = _linear_rule(hyper)
             parameters = inspect.signature(function).parameters
-        given = {"rotation": rotation, "source": source, "merged": merged, "statistics": statistics, "grams": grams}
+        given = {"rotation": rotation, "rotations": rotations, "source": source, "merged": merged}
+        given |= {"statistics": statistics, "grams": grams}
         hyper |= {key: given[key] for key in given if key in parameters}
         if "summary" in parameters:
             hyper["summary"] = _summary(function).of(pieces, hyper)
@@ -170,7 +177,8 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     signature = inspect.signature(function).parameters
     parameters = {name: hints[name] for name in signature if name not in ("base", "experts", *GIVEN)}
     on_top = "merged" in signature
-    sections = [key for key, needs in (("of", on_top), ("gram", "grams" in signature)) if needs]
+    needs = {"of": on_top, "gram": "grams" in signature, "rotations": "rotations" in signature}
+    sections = [key for key, needed in needs.items() if needed]
     problems = _key_faults(config, parameters, function.__name__, sections)
     if not expert_names:
         problems.append("no experts to merge; give models.experts")
@@ -184,6 +192,8 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     problems += faults
     if "gram" in sections:
         problems += gram_faults(config.get("gram", {}))
+    if "rotations" in sections:
+        problems += rotations_faults(config.get("rotations"), expert_names)
     of = None
     if on_top:
         try:

@@ -1,7 +1,7 @@
 """Merges by rotations of the base or of an expert. W is (out, in); a right rotation is W R, a left one R W.
 
-R_k minimises `|W0 R - W_k|^2 + mu |R - I|^2` (linalg.small), and E_k = W_k - W0 R_k is the residual that no rotation
-explains. A left rotation is a right one of the transposed matrices.
+R_k minimises `|W0 R - W_k|^2 + mu |R - I|^2` (linalg.small) or is given, and E_k = W_k - W0 R_k is the residual that
+this rotation does not explain. A left rotation is a right one of the transposed matrices.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,16 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rotrl.checkpoint.rotations import Delta, Rotation
+from rotrl.checkpoint.rotations import SIDES, Delta, Rotation
 from rotrl.errors import ConfigError
-from rotrl.linalg.rotation import geodesic as part_of_the_way
-from rotrl.linalg.small import exact_turns, turns
+from rotrl.linalg.small import exact_turns, given_turns, turns
 from rotrl.linalg.tangent import tangent_projection
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
 from rotrl.merge.subspace import tsv_m
 from rotrl.merge.types import Density, Matrix, NonNegative, Pair, Side
+
+Given = Sequence[Rotation | None] | None
+"""Rotations of the base towards each expert, in place of those in closed form; None stands for the identity."""
 
 
 def split_task_arithmetic(
@@ -94,12 +96,14 @@ def lie_sum(
     weights: Sequence[float] | None = None,
     side: Side = "right",
     anchor: NonNegative = 0.01,
+    rotations: Given = None,
 ) -> Tensor:
     """Sum in the Lie algebra: `W0 exp(scale sum w_k log R_k) + scale residual_scale sum w_k E_k`."""
+    side, given = on_one_side(rotations, side)
 
     def merged(w0: Tensor, *ws: Tensor) -> Tensor:
         vectors = [w - w0 for w in ws]
-        found = turns(w0, vectors, anchor=anchor)
+        found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
         shares = [scale * weight for weight in weights or [1.0] * len(ws)]
         rotated = found.exp(found.combined([found.log(q) for q in found.generators], shares))
         return w0 + with_residuals(found, rotated, vectors, [residual_scale * share for share in shares])
@@ -143,7 +147,7 @@ def geodesic_aligned(
         raise ConfigError("the rotations apply to other weights than the first expert's; align with source=<first>")
     r = rotation or Rotation()
     whole = r.apply(first.double())
-    return (_power(r, t).apply(first.double()) + t * (second - whole)).to(base)
+    return (r.apply(first.double(), t) + t * (second - whole)).to(base)
 
 
 def learned(
@@ -153,22 +157,22 @@ def learned(
 
     S are the weights that it was learned for, and the whole way is t = 1. The rest is as it is there.
     """
-    if rotation is None:
-        return source
-    if isinstance(rotation, Delta):
-        return Delta(t * rotation.delta).apply(source).to(base)
-    return (rotation if t == 1 else _power(rotation, t)).apply(source).to(base)
-
-
-def _power(rotation: Rotation, t: float) -> Rotation:
-    """The part t of the way from the identity, in float64."""
-    sides = (rotation.left, rotation.right)
-    return Rotation(*(None if side is None else part_of_the_way(side.double(), t) for side in sides))
+    return source if rotation is None else rotation.apply(source, t).to(base)
 
 
 def _conflicting(vectors: Sequence[Tensor]) -> list[Tensor]:
     mean = weighted_sum(vectors)
     return [d * ((d * mean).sum(-1, keepdim=True) < 0) for d in vectors]
+
+
+def on_one_side(rotations: Given, side: Side) -> tuple[Side, Sequence[Tensor | None]]:
+    """The side of given rotations, and what they are as right ones; `side` and nothing where there are none."""
+    if rotations is None:
+        return side, []
+    sides = [name for name in SIDES for r in rotations if r is not None and getattr(r, name) is not None]
+    side = sides[0] if sides else side  # type: ignore[assignment]
+    matrices = [None if r is None else getattr(r, side) for r in rotations]
+    return side, [m if m is None or side == "right" else m.mT for m in matrices]
 
 
 def on_the_right(rule: Callable[..., Tensor], matrices: Sequence[Tensor], side: Side) -> Tensor:

@@ -17,7 +17,7 @@ from rotrl.linalg.rotation import exp
 
 def closed_form(problem: Problem, *, side: str, anchor: float) -> dict[str, Rotation]:
     family = Rotations(problem.matrices, side=side)
-    found = family.closed_form(problem.target, anchor=anchor)
+    found = family.closed_form(problem.terms, anchor=anchor)
     assert found is not None
     return family.by_tensor(found)
 

@@ -243,7 +243,7 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
         ({"rollouts": {}}, "rollouts of math, code are missing"),
         ({"rollouts": {"math": Path("absent"), "code": Path("absent")}}, "absent: rollouts can't be read"),
         ({"init": "zero"}, "align.init='zero'; one of: identity, procrustes"),
-        ({"side": "top"}, "align.side='top'; one of: small, left, right, both"),
+        ({"side": "top"}, "align.side='top'; one of: small, large, left, right, both"),
         ({"trainer": {"acelerator": "cpu"}}, "trainer.acelerator is no argument of .*, did you mean 'accelerator'?"),
         ({"trainer": {"max_steps": 3}}, "trainer.max_steps is set by align; use align.steps"),
         ({"trainer": {"strategy": "fsdp"}}, "trainer.strategy='fsdp' shards parameters"),

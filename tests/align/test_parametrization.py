@@ -64,7 +64,7 @@ def test_starts_at_the_identity_and_stacks_matrices_of_one_shape(side: str):
 
 
 def test_unknown_side_is_named():
-    with pytest.raises(ConfigError, match=r"align\.side='top'; one of: small, left, right, both"):
+    with pytest.raises(ConfigError, match=r"align\.side='top'; one of: small, large, left, right, both"):
         Rotations(matrices(), side="top")
 
 

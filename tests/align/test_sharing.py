@@ -118,7 +118,7 @@ def test_planted_shared_rotations_come_back_in_closed_form(share: str, side: str
     shake(family)
     planted = [part.detach().clone() for part in family.rotations]
     targets = {name: weight.detach() for name, weight in family().items()}
-    found = family.closed_form(targets.__getitem__, anchor=0.0)
+    found = family.closed_form(lambda name: [(1.0, targets[name], None)], anchor=0.0)
     assert found is not None
     for truth, stack, owners in zip(planted, found, family.stacks, strict=True):
         if share == "none" and any(x in owners[0] for x in ("gate", "up")):
@@ -131,7 +131,7 @@ def test_planted_shared_rotations_come_back_in_closed_form(share: str, side: str
 
 def test_both_sides_have_no_closed_form():
     _, state = model_and_state()
-    assert Rotations(matrices(state), side="both").closed_form(state.__getitem__, anchor=0.0) is None
+    assert Rotations(matrices(state), side="both").closed_form(lambda name: [], anchor=0.0) is None
 
 
 @pytest.mark.parametrize(

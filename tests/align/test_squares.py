@@ -155,6 +155,32 @@ def test_activations_on_the_left_reach_their_closed_form(pair, call, tmp_path: P
     assert summary["curve"][0]["distance"] == pytest.approx(1, rel=1e-6)
 
 
+def test_procrustes_start_of_activations_is_their_optimum_on_the_left(pair, call, tmp_path: Path):
+    """That of `sum_k mix_k |(R W - T_k) X_k|^2 + mu |R - I|^2`, which no rotation nearby betters."""
+    base, experts, rollouts = pair
+    hyper = WEIGHT | {"objective": "activation", "rollouts": rollouts, "mix": {"math": 3, "code": 1}, "steps": 1}
+    call(stiefel, tmp_path, side="left", init="procrustes", anchor=0.05, lr=1e-12, **hyper)
+    learnt, _ = split({name: read_rollouts(rollouts[name]) for name in experts}, seed=0, heldout=0.1)
+    metrics = {n: inputs_of(AutoModelForCausalLM.from_pretrained(experts[n].path), learnt[n]) for n in experts}
+    file, generator = open_rotations(tmp_path / "rotations.safetensors"), torch.Generator().manual_seed(0)
+    for name in file.names:
+        w, identity = base.read(name).double(), torch.eye(base.tensors[name].shape[0], dtype=torch.float64)
+        terms = [(c, experts[n].read(name).double(), metrics[n][name]) for n, c in (("math", 0.75), ("code", 0.25))]
+        mu = 0.05 * sum(c * (w @ metric * w).sum() for c, _, metric in terms) / min(w.shape)
+
+        def missed(r: torch.Tensor, w=w, terms=terms, mu=mu, identity=identity) -> float:
+            rest = sum(c * ((r @ w - t) @ metric * (r @ w - t)).sum() for c, t, metric in terms)
+            return float(rest + mu * (r - identity).square().sum())
+
+        found = file.get(name).left.double()  # type: ignore[union-attr]
+        assert missed(found) < 0.999 * missed(identity)
+        for size in (1e-3, 1e-1):
+            a = size * torch.randn(identity.shape, dtype=torch.float64, generator=generator)
+            assert missed(exp(a - a.mT) @ found) > missed(found)
+        overlap = sum(c * t @ metric @ w.mT for c, t, metric in terms) + mu * identity
+        assert (found - nearest(overlap)).abs().max() < 1e-5
+
+
 def test_activations_on_the_right_are_learned(call, tmp_path: Path):
     hyper = {"objective": "activation", "trainer": QUIET | {"log_every_n_steps": 10}, "steps": 60, "side": "right"}
     summary = call(stiefel, tmp_path, lr=0.02, angle_prior=0.0, **hyper)

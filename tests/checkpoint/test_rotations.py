@@ -22,7 +22,7 @@ def test_round_trip(tmp_path):
     )
     file = open_rotations(path)
     assert file.names == ("a.b.weight", "c")
-    assert file.sizes == {"a.b.weight": {"left": 3, "right": 5}, "c": {"right": 5}}
+    assert file.sides == {"a.b.weight": {"left": (3, 3), "right": (5, 5)}, "c": {"right": (5, 5)}}
     assert file.metadata["objective"] == "kl"
     assert file.source == {"model": "base"}
     both, one = file.get("a.b.weight"), file.get("c")
@@ -57,8 +57,9 @@ def test_apply(left, right, half):
 @pytest.mark.parametrize(
     ("entries", "metadata", "words"),
     [
-        ({"a.right": torch.ones(2, 3)}, SOURCE, r"'a\.right' has shape \[2, 3\]"),
-        ({"a.right": torch.ones(2)}, SOURCE, "a square matrix is expected"),
+        ({"a.right": torch.ones(3, 2)}, SOURCE, r"'a\.right' has shape \[3, 2\]"),
+        ({"a.left": torch.ones(2, 3)}, SOURCE, r"'a\.left' has shape \[2, 3\], a square matrix or a frame is expected"),
+        ({"a.right": torch.ones(2)}, SOURCE, "a square matrix or a frame is expected"),
         ({"a.up": torch.eye(2)}, SOURCE, "does not end in"),
         ({"a.right": torch.eye(2)}, {}, "'source' is absent"),
         ({"a.right": torch.eye(2)}, {"source": "base"}, "not JSON"),
