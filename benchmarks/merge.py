@@ -44,7 +44,8 @@ PEERS = {
     "della": {"density": 0.5, "epsilon": 0.15},
 }
 WITH_BASE = ("task_arithmetic", "nuslerp", "model_stock", "dare_ties", "ties", "della")
-ALIGNED = ("learned", "geodesic_aligned")  # need rotations
+STAGED = ("learned", "geodesic_aligned", "regmean")  # need rotations or Gram matrices
+WHOLE = ("wudi",)  # have no scope=all
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -99,17 +100,17 @@ def make(folder: Path, layers: int) -> None:
         (target / "config.json").write_text(json.dumps(config))
 
 
-def method_of(name: str) -> Method:
-    """As shipped, with the peer's parameters."""
+def method_of(name: str, scope: str | None = None) -> Method:
+    """As shipped, with the peer's parameters; `scope` takes the place of its own."""
     content = OmegaConf.create({"merge_scale": 1.0, "seed": 0, "merge": OmegaConf.load(CONF / f"{name}.yaml")})
     config: Any = OmegaConf.to_container(content.merge, resolve=True)
-    return bind({**config, **PEERS.get(name, {})}, EXPERTS)
+    return bind({**config, **PEERS.get(name, {}), **({"scope": scope} if scope else {})}, EXPERTS)
 
 
 def every_method() -> list[str]:
-    """All shipped ones that need no alignment."""
+    """All shipped ones that need no stage before."""
     found = {path.stem: path.read_text() for path in sorted(CONF.glob("*.yaml"))}
-    return [name for name, text in found.items() if "\n_target_:" in text and name not in ALIGNED]
+    return [name for name, text in found.items() if "\n_target_:" in text and name not in STAGED]
 
 
 def models(folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
@@ -163,7 +164,7 @@ def error(name: str, folder: Path, merged: Path) -> tuple[float, float]:
     for tensor in TENSORS:
         w0, ws = base.read(tensor).double(), [expert.read(tensor).double() for expert in experts.values()]
         role = role_of(tensor, w0.shape)
-        rows = Chunks(w0, ws, whole=not method.by_rows(role, w0.ndim)).rows
+        rows = Chunks(w0, ws, rows=method.rows(tensor, role, w0.shape)).rows
         pieces = list(zip(w0.split(rows), zip(*(w.split(rows) for w in ws), strict=True), strict=True))
         oracle = torch.cat([merged for _, _, merged in method.merge(tensor, role, pieces)])
         found = stored.read(tensor)
@@ -191,6 +192,7 @@ def measure(engine: str, name: str, folder: Path, options: argparse.Namespace) -
     out = folder / f"out-{engine}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, __file__, str(folder), "--run", engine, name, "--dtype", options.dtype]
+    command += ["--scope", options.scope] if options.scope else []
     if engine == "mergekit":
         peer_config(name, folder, folder / "peer.json")
         script = str(Path(options.mergekit).parent / "mergekit-yaml")
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of rotrl's output; mergekit writes bfloat16")
     parser.add_argument("--methods", nargs="+", default=["copy", *PEERS], help="or all")
     parser.add_argument("--engines", nargs="+", default=["copy", "rotrl", "mergekit"])
+    parser.add_argument("--scope", help="of every method, in place of its own: all merges embeddings too")
     parser.add_argument("--again", action="store_true", help="measure what results.json holds already")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -220,7 +223,13 @@ def main() -> None:
         if engine == "copy":
             copy(folder, folder / "out-copy")
         else:
-            merge(*models(folder), method_of(name), folder / "out-rotrl", dtype=options.dtype, overwrite=True)
+            merge(
+                *models(folder),
+                method_of(name, options.scope),
+                folder / "out-rotrl",
+                dtype=options.dtype,
+                overwrite=True,
+            )
         return
     make(folder, options.layers)
     file = folder / "results.json"
@@ -228,13 +237,15 @@ def main() -> None:
     print(
         f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
     )
-    for name in every_method() if options.methods == ["all"] else options.methods:
+    methods = every_method() if options.methods == ["all"] else options.methods
+    for name in [name for name in methods if not (options.scope == "all" and name in WHOLE)]:
         for engine in options.engines:
             if (engine == "mergekit" and not (options.mergekit and name in PEERS)) or (engine == "copy") != (
                 name == "copy"
             ):
                 continue
-            key = f"{name} {engine}" + (f" {options.dtype}" if engine == "rotrl" else "")
+            scope = f" {options.scope}" if options.scope else ""
+            key = f"{name} {engine}" + (f" {options.dtype}{scope}" if engine == "rotrl" else "")
             if key not in results or options.again:
                 results[key] = measure(engine, name, folder, options)
                 file.write_text(json.dumps(results, indent=1))

@@ -16,7 +16,8 @@ from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
 from rotrl.merge.check import pattern_faults
 from rotrl.merge.given import open_given
-from rotrl.merge.method import Method, bind, parameters_of
+from rotrl.merge.method import Method, bind
+from rotrl.merge.signature import parameters_of
 
 # Keys that say where and how a run is shown, not what it computes.
 PRESENTATION = (

@@ -63,7 +63,8 @@ def given_turns(w0: Tensor, rotations: Sequence[Tensor | None]) -> Turns:
     """Rotations that are given (None: the identity), in float64: R_k (n, n), or frames of a wide W0, of its shape, in
     the joint row space of all (linalg.frames). NumericsError as in `exact_turns`.
     """
-    w, given = w0.double(), [None if r is None else r.double().mT for r in rotations]
+    w = w0.double()
+    given = [None if r is None else r.to(w).mT for r in rotations]
     frames = [r for r in given if r is not None and r.shape[-2] > r.shape[-1]]
     if len(frames) == sum(r is not None for r in given) and w.shape[-2] < w.shape[-1]:
         basis, found = spanned(polar_factors(w.mT)[0], frames)

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rotrl.checkpoint.layout import MATRICES, Role
-from rotrl.merge.scale import RULES
+from rotrl.merge.scale import GLOBAL, RULES
 from rotrl.merge.types import Within
 
 MODULES = (*MATRICES, "embedding", "head", "norm", "bias", "other")
 GRAM = ("layers", "batch", "max_tokens", "samples")
+SCOPES = ("matrices", "all")
+ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
@@ -33,6 +35,25 @@ def value_faults(key: str, value: Any, hint: Any) -> list[str]:
     if interval is not None and value not in interval:
         return [f"merge.{key} is {value}, it must lie in {interval}"]
     return []
+
+
+def key_faults(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, sections: Sequence[str]
+) -> list[str]:
+    """Unknown keys with the nearest known one, and wrong values."""
+    allowed = [key for key in parameters if key != "weights"] + [*sections, "scope", "per_layer"]
+    allowed += ["weights"] * ("weights" in parameters)
+    problems = []
+    for key, value in config.items():
+        if key in parameters and key != "weights":
+            problems += value_faults(key, value, parameters[key])
+        elif key == "scope" and value not in SCOPES:
+            problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
+        elif key not in (*ENGINE_KEYS, *allowed) or (key == "weights" and key not in allowed and value is not None):
+            problems.append(unknown(f"merge.{key}", name, allowed))
+    if config.get("scale") in GLOBAL and "scale" in (config.get("per_layer") or {}):
+        problems.append(f"merge.scale={config['scale']} is one factor for all tensors; leave out merge.per_layer.scale")
+    return problems
 
 
 def weights_of(key: str, weights: Any, expert_names: Sequence[str]) -> tuple[list[float] | None, list[str]]:
@@ -81,6 +102,8 @@ def per_layer_of(
                     found[name][pattern], faults = weights_of(f"{key}.{pattern}", value, expert_names)
                 else:
                     faults = value_faults(f"{key}.{pattern}", value, hints[name])
+                    if _is_scale(key) and value in GLOBAL:
+                        faults.append(f"merge.{key}.{pattern} is {value}, one factor for all tensors; use merge.scale")
                 problems += faults
         else:
             problems.append(f"merge.{key} is {values!r}, a list over depth or a map by module or pattern is expected")

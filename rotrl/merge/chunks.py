@@ -18,19 +18,23 @@ ENTRIES = 1 << 18
 Piece = tuple[Tensor, list[Tensor]]
 
 
+def rows_of(shape: Sequence[int], step: int = 1) -> int:
+    """How many rows, a multiple of `step`, have about ENTRIES entries."""
+    rows = ENTRIES // max(1, math.prod(shape[1:]))
+    return max(step, rows - rows % step)
+
+
 class Chunks(Sequence[Piece]):
-    """Base and experts in consecutive rows of about ENTRIES entries (or `whole`), in float32 when asked for.
+    """Base and experts in consecutive pieces of `rows` rows (None: whole), in float32 when asked for.
 
     On `device`. NumericsError where a piece holds NaN or Inf, if `checked`, when it is first asked for.
     """
 
     def __init__(
-        self, base: Tensor, experts: Sequence[Tensor], *, whole: bool, checked: bool = True, device: str = "cpu"
+        self, base: Tensor, experts: Sequence[Tensor], *, rows: int | None, checked: bool = True, device: str = "cpu"
     ) -> None:
         self.models, self.device = (base, *experts), device
-        self.rows = len(base) if base.ndim else 1
-        if not whole:
-            self.rows = max(1, ENTRIES // max(1, math.prod(base.shape[1:])))
+        self.rows = rows or (len(base) if base.ndim else 1)
         self._unchecked = set(range(len(self))) if checked else set()
 
     def __len__(self) -> int:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rotrl.linalg.procrustes import polar
 from rotrl.linalg.rotation import exp, log
-from rotrl.merge.types import Matrix, NonNegative, Within
+from rotrl.merge.types import NonNegative, Slices, Within
 
 
 def coram(
-    base: Matrix,
+    base: Slices,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,

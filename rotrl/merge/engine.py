@@ -22,7 +22,6 @@ from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, 
 from rotrl.checkpoint.staging import AlreadyPublished, staging
 from rotrl.checkpoint.writer import Entries, write_manifest
 from rotrl.errors import ConfigError
-from rotrl.merge.chunks import ENTRIES
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
 from rotrl.merge.method import Method
@@ -33,7 +32,7 @@ from rotrl.merge.target import check_space, fingerprint, reusable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_LIMIT = 0.01
 PROBES = 8
-NUMBERS = 4  # raised whenever the same configuration gives other numbers than before
+NUMBERS = 5  # raised whenever the same configuration gives other numbers than before
 
 
 def plan_merge(
@@ -53,8 +52,9 @@ def plan_merge(
     for name, expert in experts.items():
         if _stored(expert) != stored:
             warnings.append(f"expert {name} is stored in {_word(_stored(expert))}, the base in {_word(stored)}")
+    rows = {name: method.rows(name, roles[name], info.shape) for name, info in base.tensors.items()}
     held = [
-        min(size, ENTRIES) if method.by_rows(roles[name], len(base.tensors[name].shape)) else size
+        size if (some := rows[name]) is None else min(size, some * math.prod(base.tensors[name].shape[1:]))
         for name, size in sizes.items()
     ]
     return {

@@ -1,6 +1,6 @@
 """ISO-Merger: the singular frames move as the experts' frames do, the singular values stay the base's. 2607.19331."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from rotrl.errors import ConfigError
 from rotrl.merge.linear import weighted_sum
-from rotrl.merge.types import Matrix, NonNegative, Share
+from rotrl.merge.types import Equivariant, NonNegative, Share
 
-ROWS = 8192
 NULL = 1e-7
 
 
@@ -36,7 +35,7 @@ class Move(NamedTuple):
 
 
 def iso_merger(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     keep: Share = 0.9,
@@ -56,7 +55,7 @@ def iso_merger(
     the base; there no frame turns far where singular values are close, and the base's values stay to first order.
 
     All decompositions are of matrices of the smaller side, in float64: of Gram matrices of the base and, in its frames,
-    of the experts. Only sums over rows touch the longer side, so that embeddings fit as well.
+    of the experts.
     """
     if solver == "first_order" and not reproject:
         raise ConfigError("merge.solver=first_order has no published form; use merge.reproject=true")
@@ -82,27 +81,17 @@ def coefficients(gram: Tensor, ridge: float, c_max: float) -> list[float]:
 
 
 def _frames(w0: Tensor, ws: Sequence[Tensor]) -> Frames:
-    n, count = w0.shape[1], len(ws)
-    own = w0.new_zeros(n, n, dtype=torch.float64)
-    cross = [torch.zeros_like(own) for _ in ws]
-    updates = [[torch.zeros_like(own) for _ in range(i + 1)] for i in range(count)]
-    for w, *experts in _pieces(w0, *ws):
-        exact, ds = w.double(), [expert - w for expert in experts]
-        own += exact.mT @ exact
-        for i, d in enumerate(ds):
-            cross[i] += exact.mT @ d.double()
-            for j in range(i + 1):
-                updates[i][j] += d.mT @ ds[j]
-    energies, V = (part.flip(-1) for part in torch.linalg.eigh(own))
+    exact, ds, count = w0.double(), [w - w0 for w in ws], len(ws)
+    energies, V = (part.flip(-1) for part in torch.linalg.eigh(exact.mT @ exact))
     s = energies.clamp(min=0).sqrt()
     present = s > NULL * s[0]
     inverse = torch.where(present, 1 / s, 0.0)
-    T = [inverse[:, None] * (V.mT @ x @ V) for x in cross]
-    inside = len(w0) == n and bool(present.all())
-    beyond = [[torch.zeros_like(own) for _ in ws] for _ in ws]
+    T = [inverse[:, None] * (V.mT @ (exact.mT @ d.double()) @ V) for d in ds]
+    inside = w0.shape[0] == w0.shape[1] and bool(present.all())
+    beyond = [[torch.zeros_like(V) for _ in ws] for _ in ws]
     for i in range(count if not inside else 0):
         for j in range(i + 1):
-            beyond[i][j] = V.mT @ updates[i][j] @ V - T[i].mT @ T[j]
+            beyond[i][j] = V.mT @ (ds[i].mT @ ds[j]).double() @ V - T[i].mT @ T[j]
             beyond[j][i] = beyond[i][j].mT
     return Frames(V, s, inverse, T, beyond)
 
@@ -166,23 +155,16 @@ def _inner(frames: Frames, moves: Sequence[Move]) -> Tensor:
 
 
 def _applied(w0: Tensor, ws: Sequence[Tensor], frames: Frames, inside: Tensor, outside: Sequence[Tensor]) -> Tensor:
-    """`W0 + U inside V^T + sum (I - U U^T) d_i V outside_i V^T`, by rows."""
+    """`W0 + U inside V^T + sum (I - U U^T) d_i V outside_i V^T`."""
     V = frames.V
     for T, x in zip(frames.T, outside, strict=True):
         inside = inside - T @ x
     own = (V @ (frames.inverse[:, None] * inside) @ V.mT).to(w0)
     added = [(V @ x @ V.mT).to(w0) for x in outside]
-    pieces = []
-    for w, *experts in _pieces(w0, *ws):
-        piece = w + w @ own
-        for expert, x in zip(experts, added, strict=True):
-            piece += (expert - w) @ x
-        pieces.append(piece)
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-
-def _pieces(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(m.split(ROWS) for m in matrices), strict=True)
+    merged = w0 + w0 @ own
+    for w, x in zip(ws, added, strict=True):
+        merged += (w - w0) @ x
+    return merged
 
 
 def _skew(m: Tensor) -> Tensor:

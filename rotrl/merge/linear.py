@@ -1,7 +1,8 @@
 """Merges that are linear in the weights. `d_i = W_i - W0`, weights w_i default to 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ def _stock_ratio(summary: Gram) -> float:
     unit = inner / lengths[:, None] / lengths
     cosine = float((unit.sum() - unit.trace()) / (count * (count - 1)))
     return count * cosine / (1 + (count - 1) * cosine)
+
+
+def linear_rule(hyper: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """The function, and its parameters, for the tensors that a method with these parameters does not act on."""
+    if "t" in hyper:
+        return interpolation, {"t": hyper["t"]}
+    known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
+    return task_arithmetic if "scale" in known else linear, known
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

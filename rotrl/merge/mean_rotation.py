@@ -14,13 +14,13 @@ from rotrl.linalg.small import given_turns, turns
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import shares
 from rotrl.merge.rotation import Given, lie_sum, on_one_side, on_the_right, with_residuals
-from rotrl.merge.types import Matrix, NonNegative, Side, Within
+from rotrl.merge.types import Equivariant, NonNegative, Side, Within
 
 Weights = Sequence[float] | None
 
 
 def lie_mean(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
@@ -37,7 +37,7 @@ def lie_mean(
 
 
 def karcher_rotation(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
@@ -70,7 +70,7 @@ def karcher_rotation(
 
 
 def chordal(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,

@@ -1,7 +1,7 @@
 """The tensors of one merge, each made when asked for; streaming and in-memory merges are loops over it."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -17,10 +17,20 @@ from rotrl.merge.check import pattern_faults
 from rotrl.merge.chunks import Chunks, finite
 from rotrl.merge.given import open_fitting, open_given
 from rotrl.merge.method import Method, bind
-from rotrl.merge.scale import Merged
+from rotrl.merge.scale import GLOBAL, Merged, Sums
 from rotrl.merge.statistics import Statistics
 
-Source = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+Source = Callable[[str, Chunks], Iterable[Tensor]]
+
+
+class Again:
+    """Tensors of pieces, made anew whenever they are gone through."""
+
+    def __init__(self, make: Callable[[], Iterable[Tensor]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.make())
 
 
 class Merger:
@@ -49,6 +59,8 @@ class Merger:
         self._under = Merger(base, experts, method.of, rotations, grams) if method.of else None
         self.rotations: RotationsFile | None = self._under.rotations if self._under else None
         self._source: Source | None = None
+        self._start: Merger | None = None
+        self._device = "cpu"
         if method.needs_rotations and self.rotations is None:
             if rotations is None:
                 raise ConfigError(f"merge={method.name} applies rotations and there are none; choose an align stage")
@@ -61,15 +73,34 @@ class Merger:
         self.given = open_given(method.rotation_files, base, self.experts)
         self.grams = self._open_grams(grams) if method.gram is not None else {}
 
-    def by_rows(self, name: str) -> bool:
-        """Whether the tensor is merged in pieces of rows."""
-        return self.method.by_rows(self.roles[name], len(self.base.tensors[name].shape))
+    def rows(self, name: str) -> int | None:
+        """How many rows of a tensor are merged at a time; None where it is merged whole."""
+        if any(name in file.names for file in (self.rotations, *self.given.values()) if file):
+            return None
+        rows = self.method.rows(name, self.roles[name], self.base.tensors[name].shape)
+        below = self._under or self._start
+        return below.rows(name) if rows is not None and below else rows
+
+    def in_span(self, name: str) -> bool:
+        """Whether rows are merged that take as much work as whole matrices do."""
+        role, dims = self.roles[name], len(self.base.tensors[name].shape)
+        return self.method.acts_on(role, dims) and self.method.kind == "equivariant"
+
+    def prepare(self, device: str = "cpu") -> None:
+        """Makes the first passes that the method and those below it need, on this device."""
+        self._device = device
+        for below in (self._under, self._start):
+            if below:
+                below.prepare(device)
+        _ = self.statistics, self.factor
 
     def parts(self, name: str, device: str = "cpu") -> Iterator[Merged]:
         """Base, experts and merge of a tensor in float32, in consecutive pieces of rows. NumericsError names it."""
-        pieces = self._pieces(name, device)
+        return self._parts(name, device, self.factor)
+
+    def _parts(self, name: str, device: str, factor: float | None) -> Iterator[Merged]:
         try:
-            for base, experts, merged in self._merge(name, pieces):
+            for base, experts, merged in self._merge(name, self._pieces(name, device), factor):
                 if self.base.finite and not finite(merged):
                     raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
                 yield base, experts, merged
@@ -78,31 +109,28 @@ class Merger:
                 model.read(name)  # names the file if its values are to blame
             raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error
 
-    def merged(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """The merge of whole tensors that were read already."""
-        return next(self._merge(name, [(base, experts)]))[2]
-
-    def _merge(self, name: str, pieces: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Iterator[Merged]:
+    def _merge(self, name: str, pieces: Chunks, factor: float | None) -> Iterator[Merged]:
         role, dims = self.roles[name], len(self.base.tensors[name].shape)
-        if self._under is not None and not self.method.acts_on(role, dims):
-            return self._under._merge(name, pieces)
-        base, experts = pieces[0]
+        under, source = self._under, self._source
+        if under is not None and not self.method.acts_on(role, dims):
+            return under._merge(name, pieces, under.factor)
         return self.method.merge(
             name,
             role,
             pieces,
             depth=None if role.layer is None else role.layer / max(1, self._last_layer),
+            factor=factor,
             rotation=self.rotations.get(name) if self.rotations else None,
             rotations=[self.given[expert].rotation(name) for expert in self.experts] if self.given else None,
-            source=self._source(name, base, experts) if self._source else None,
-            merged=self._under.merged(name, base, experts) if self._under else None,
+            source=Again(lambda: source(name, pieces)) if source else None,
+            merged=Again(lambda: (part for _, _, part in under._merge(name, pieces, under.factor))) if under else None,
             statistics=self.statistics,
-            grams=self._grams_of(name, base.device),
+            grams=self._grams_of(name, pieces.device),
         )
 
     def _pieces(self, name: str, device: str = "cpu") -> Chunks:
         base, experts = self.base.view(name), [expert.view(name) for expert in self.experts.values()]
-        return Chunks(base, experts, whole=not self.by_rows(name), checked=self.base.finite, device=device)
+        return Chunks(base, experts, rows=self.rows(name), checked=self.base.finite, device=device)
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -112,6 +140,18 @@ class Merger:
             for name in self.acted:
                 statistics.add(self._pieces(name))
         return statistics
+
+    @cached_property
+    def factor(self) -> float | None:
+        """The factor of a scale for the whole model, by a first merge of all tensors; None for any other scale."""
+        rule = self.method.hyper.get("scale")
+        if rule not in GLOBAL:
+            return None
+        sums = Sums(len(self.experts))
+        for name in self.base.tensors:
+            for part in self._parts(name, self._device, 1.0):
+                sums.add(*part)
+        return sums.factor(rule)
 
     def _open_grams(self, folders: Mapping[str, Path] | None) -> dict[str, Grams]:
         """The Gram matrices of each expert, after a check that they are of these weights and of their shapes."""
@@ -132,7 +172,7 @@ class Merger:
             raise CheckpointError(f"{'; '.join(problems)}; delete the folder, and the run gathers them again")
         return grams
 
-    def _grams_of(self, name: str, device: torch.device) -> list[Tensor] | None:
+    def _grams_of(self, name: str, device: str) -> list[Tensor] | None:
         found = [gram.to(device) for grams in self.grams.values() if (gram := grams.get(name)) is not None]
         return found if found and len(found) == len(self.experts) else None
 
@@ -146,15 +186,22 @@ class Merger:
     def _source_of(self, rotations: RotationsFile) -> Source:
         source, experts = rotations.source, list(self.experts)
         if source == {"model": "base"}:
-            return lambda name, base, weights: base
+            return lambda name, pieces: (base for base, _ in pieces)
         if source.get("expert") in experts:
             position = experts.index(source["expert"])
-            return lambda name, base, weights: weights[position]
+            return lambda name, pieces: (weights[position] for _, weights in pieces)
         if "merge" in source:
             start = bind(source["merge"], experts)
             if not start.needs_rotations:
-                return Merger(self.base, self.experts, start).merged
+                self._start = Merger(self.base, self.experts, start)
+                return self._started
         raise CheckpointError(
             f"{rotations.path}: its source {json.dumps(source)} is neither the base, nor one of the experts "
             f"{', '.join(experts)}, nor a merge without rotations; run the alignment again"
         )
+
+    def _started(self, name: str, pieces: Chunks) -> Iterable[Tensor]:
+        """The start's merge, in its own pieces, by which random ones draw, or whole if they are."""
+        assert self._start is not None
+        parts = (part for _, _, part in self._start.parts(name, pieces.device))
+        return parts if len(pieces) > 1 or not pieces.models[0].ndim else [torch.cat(list(parts))]

@@ -1,9 +1,7 @@
 """From a configuration to a merge method: every key is checked against the signature before a weight is read."""
 
 import hashlib
-import importlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
@@ -14,16 +12,16 @@ from torch import Tensor
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError, NumericsError
-from rotrl.merge.check import gram_faults, per_layer_of, rotations_faults, unknown, value_at, value_faults, weights_of
-from rotrl.merge.linear import interpolation, linear, task_arithmetic
-from rotrl.merge.scale import Merged, at_scale
+from rotrl.merge.check import gram_faults, key_faults, per_layer_of, rotations_faults, value_at, weights_of
+from rotrl.merge.chunks import rows_of
+from rotrl.merge.linear import linear_rule
+from rotrl.merge.scale import GLOBAL, Merged, at_scale
+from rotrl.merge.signature import class_of, function_of, kind_of, parameters_of, unless_of
+from rotrl.merge.span import TALL, in_their_span
 from rotrl.merge.statistics import Statistics
-from rotrl.merge.summary import Summary
-from rotrl.merge.types import Matrix, Pair, Rows, Side
+from rotrl.merge.types import Pair, Side
 
-SCOPES = ("matrices", "all")
 GIVEN = ("rotation", "rotations", "source", "merged", "statistics", "summary", "grams")  # by the engine, not the yaml
-ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,14 @@ class Method:
 
     def statistics(self) -> Statistics | None:
         """Empty statistics of the whole model for the engine to fill, None where the method needs none."""
-        hint = get_type_hints(self.function).get("statistics")
-        if hint is None:
-            return None
-        return next(kind for kind in (*get_args(hint), hint) if hasattr(kind, "needed")).needed(self.hyper)
+        kind = class_of(self.function, "statistics", "needed")
+        return kind.needed(self.hyper) if kind else None
 
     @property
     def passes(self) -> int:
-        """How often the inputs are read: once, and once more for each method in the stack that needs statistics."""
-        return (self.of.passes if self.of else 1) + (self.statistics() is not None)
+        """How often the inputs are read: once, and once more for each method in the stack that needs a first pass."""
+        first = (self.statistics() is not None) + (self.hyper.get("scale") in GLOBAL)
+        return (self.of.passes if self.of else 1) + first
 
     def side(self, tensor: str, role: Role) -> Side | None:
         """The side of a matrix that it, or the method under it, rotates in closed form."""
@@ -93,16 +90,37 @@ class Method:
         """Whether the function merges this tensor; the linear rule does otherwise."""
         if self.scope == "matrices":
             return role.is_matrix
-        return dims == 2 or get_type_hints(self.function, include_extras=True).get("base") != Matrix
+        return dims == 2 or self.kind not in ("matrix", "equivariant", "slices")
 
-    def by_rows(self, role: Role, dims: int) -> bool:
-        """Whether a tensor of two or more dimensions can be merged in pieces of rows."""
-        if not self.acts_on(role, dims):
-            return dims > 1 and (self.of is None or self.of.by_rows(role, dims))
-        return dims > 1 and get_type_hints(self.function, include_extras=True).get("base") == Rows
+    @property
+    def kind(self) -> str:
+        """What the function's base is: matrix, equivariant, slices, rows, or "" for any tensor."""
+        return kind_of(self.function)
+
+    @property
+    def needs_whole(self) -> str:
+        """The choice by which a tall matrix can't be merged by rows, in words; "" where it can."""
+        if self.kind == "matrix":
+            return self.name
+        choices = unless_of(self.function)
+        return next((f"merge.{key}={value}" for key, value in choices if self.hyper.get(key) == value), "")
+
+    def rows(self, tensor: str, role: Role, shape: Sequence[int]) -> int | None:
+        """How many rows of a tensor are merged at a time; None where it is merged whole."""
+        if len(shape) < 2:
+            return None
+        below = self.of.rows(tensor, role, shape) if self.of else rows_of(shape)
+        if not self.acts_on(role, len(shape)) or self.kind == "rows":
+            return below
+        if self.kind == "slices":
+            height = value_at(self.per_layer.get("height", {}), self.hyper["height"], tensor, role, None)
+            return rows_of(shape, min(height, *shape))
+        tall = self.kind == "equivariant" and not self.needs_whole and shape[0] >= TALL * shape[1]
+        return below if tall else None
 
     def __call__(self, tensor: str, role: Role, base: Tensor, experts: Sequence[Tensor], **given: Any) -> Tensor:
-        """The merge of a whole tensor; what is `given` as in `merge`."""
+        """The merge of a whole tensor; what is `given` as in `merge`, source and merged as tensors."""
+        given |= {key: [given[key]] for key in ("source", "merged") if given.get(key) is not None}
         [(_, _, merged)] = self.merge(tensor, role, [(base, experts)], **given)
         return merged
 
@@ -113,73 +131,67 @@ class Method:
         pieces: Sequence[tuple[Tensor, Sequence[Tensor]]],
         *,
         depth: float | None = None,
+        factor: float | None = None,
         rotation: Rotation | Delta | None = None,
-        source: Tensor | None = None,
-        merged: Tensor | None = None,
+        source: Iterable[Tensor] | None = None,
+        merged: Iterable[Tensor] | None = None,
         statistics: Statistics | None = None,
         grams: Sequence[Tensor] | None = None,
         rotations: Sequence[Rotation | None] | None = None,
     ) -> Iterator[Merged]:
         """Base, experts and merge of each piece, by the function or, out of its scope, by `of` or the linear rule.
 
-        The linear rule has the same scale. The pieces are consecutive rows if `by_rows`, else one whole tensor. `depth`
-        goes from 0 at the first layer to 1 at the last.
+        The linear rule has the same scale. The pieces are consecutive `rows`, or one whole tensor; `source` and
+        `merged`, which may be gone through repeatedly, are in the same pieces. `depth` goes from 0 at the first layer
+        to 1 at the last, `factor` is that of a scale for the whole model.
         """
         hyper = self.hyper | {
             key: value_at(values, self.hyper.get(key), tensor, role, depth) for key, values in self.per_layer.items()
         }
-        base, experts = pieces[0]
-        if self.acts_on(role, base.ndim):
+        dims, count = pieces[0][0].ndim, len(pieces[0][1])
+        if self.acts_on(role, dims):
             function, parameters = self.function, self._parameters
         elif merged is not None:
-            yield base, experts, merged
+            yield from ((base, experts, below) for (base, experts), below in zip(pieces, merged, strict=True))
             return
         else:
-            function, hyper = _linear_rule(hyper)
-            parameters = inspect.signature(function).parameters
-        given = {"rotation": rotation, "rotations": rotations, "source": source, "merged": merged}
-        given |= {"statistics": statistics, "grams": grams}
+            function, hyper = linear_rule(hyper)
+            parameters = parameters_of(function)
+        given = {"rotation": rotation, "rotations": rotations, "statistics": statistics, "grams": grams}
         hyper |= {key: given[key] for key in given if key in parameters}
+        in_pieces = {"source": source, "merged": merged}
+        beside = {key: values for key, values in in_pieces.items() if key in parameters and values is not None}
         if "summary" in parameters:
-            hyper["summary"] = _summary(function).of(pieces, hyper)
+            hyper["summary"] = class_of(function, "summary", "of").of(pieces, hyper)
+        elif len(pieces) > 1 and function is self.function and self.kind == "equivariant":
+            function = in_their_span(function, pieces, beside)
 
         seed = hyper.get("seed", 0)
 
         def of_pieces(hyper: dict[str, Any]) -> Iterator[Merged]:
-            for number, (base, experts) in enumerate(pieces):
+            for number, ((base, experts), *more) in enumerate(zip(pieces, *beside.values(), strict=True)):
+                hyper = hyper | dict(zip(beside, more, strict=True))
                 if "seed" in hyper:
                     hyper = hyper | {"seed": tensor_seed(seed, f"{tensor} {number}" if number else tensor)}
                 yield base, experts, function(base, experts, **hyper)
 
-        yield from at_scale(of_pieces, len(experts), hyper)
+        yield from at_scale(of_pieces, count, hyper, factor)
 
     @property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
-
-
-def _linear_rule(hyper: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    if "t" in hyper:
-        return interpolation, {"t": hyper["t"]}
-    known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
-    return task_arithmetic if "scale" in known else linear, known
-
-
-def _summary(function: Callable[..., Tensor]) -> type[Summary]:
-    hint = get_type_hints(function)["summary"]
-    return next(kind for kind in (*get_args(hint), hint) if hasattr(kind, "of"))
+    def _parameters(self) -> Container[str]:
+        return parameters_of(self.function)
 
 
 def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     """Checks `config` against the function that its `_target_` names; ConfigError lists every fault at once."""
-    function = _function(str(config.get("_target_", "")))
+    function = function_of(str(config.get("_target_", "")))
     hints = get_type_hints(function, include_extras=True)
-    signature = inspect.signature(function).parameters
+    signature = parameters_of(function)
     parameters = {name: hints[name] for name in signature if name not in ("base", "experts", *GIVEN)}
     on_top = "merged" in signature
     needs = {"of": on_top, "gram": "grams" in signature, "rotations": "rotations" in signature}
     sections = [key for key, needed in needs.items() if needed]
-    problems = _key_faults(config, parameters, function.__name__, sections)
+    problems = key_faults(config, parameters, function.__name__, sections)
     if not expert_names:
         problems.append("no experts to merge; give models.experts")
     if hints.get("experts") == Pair and len(expert_names) != 2:
@@ -202,62 +214,33 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
             problems.append(str(error).replace("merge.", "merge.of."))
     if problems:
         raise ConfigError("; ".join(problems))
-    method = Method(function.__name__, dict(config), function, hyper, config.get("scope") or "all", per_layer, of)
+    method = Method(function.__name__, dict(config), function, hyper, config.get("scope") or "", per_layer, of)
+    if not method.scope:
+        method = replace(method, scope="matrices" if method.kind == "matrix" else "all")
+    if method.scope == "all" and method.needs_whole:
+        raise ConfigError(
+            f"merge.scope=all: {method.needs_whole} takes matrices whole, for which embeddings are too large; "
+            "use merge.scope=matrices"
+        )
     _rehearse(method, len(expert_names))
     return method
 
 
 def _rehearse(method: Method, count: int) -> None:
-    """Raises what the function itself says to the weights (a sum of 0 that it would divide by), before any stage."""
+    """Raises what the function itself says to its parameters, before any stage: weights that sum to 0, say."""
     maps = method.per_layer.get("weights") or {}
-    given = [weights for weights in (method.hyper.get("weights"), *maps.values()) if weights]
     generator = torch.Generator().manual_seed(0)
     base, *experts = torch.eye(4) + 0.01 * torch.randn(count + 1, 4, 4, generator=generator)
-    for weights in given:
+    given = {"factor": 1.0, "source": experts[0], "merged": experts[0]}
+    for weights in (method.hyper.get("weights"), *maps.values()):
         statistics = method.statistics()
         if statistics is not None:
             statistics.add([(base, experts)])
-        trial = replace(method, hyper={**method.hyper, "weights": weights}, per_layer={})
+        hyper = {**method.hyper, **({"weights": weights} if weights else {})}
         with suppress(NumericsError):
-            trial("", Role(0, "q"), base, experts, statistics=statistics)
-
-
-def _key_faults(
-    config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, sections: Sequence[str]
-) -> list[str]:
-    """Unknown keys with the nearest known one, and wrong values."""
-    allowed = [key for key in parameters if key != "weights"] + [*sections, "scope", "per_layer"]
-    allowed += ["weights"] * ("weights" in parameters)
-    problems = []
-    for key, value in config.items():
-        if key in parameters and key != "weights":
-            problems += value_faults(key, value, parameters[key])
-        elif key == "scope" and value not in SCOPES:
-            problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
-        elif key not in (*ENGINE_KEYS, *allowed) or (key == "weights" and key not in allowed and value is not None):
-            problems.append(unknown(f"merge.{key}", name, allowed))
-    return problems
+            replace(method, hyper=hyper, per_layer={})("", Role(0, "q"), base, experts, statistics=statistics, **given)
 
 
 def tensor_seed(seed: int, tensor: str) -> int:
     """A seed of its own for each tensor, the same in whatever order they are merged."""
     return int.from_bytes(hashlib.sha256(f"{seed} {tensor}".encode()).digest()[:8]) >> 1
-
-
-def parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the function that a `_target_` names."""
-    return inspect.signature(_function(target)).parameters
-
-
-def _function(target: str) -> Callable[..., Tensor]:
-    module, _, name = target.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-        names = list(inspect.signature(function).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"merge._target_ {target!r} is no merge method ({error}); name a function as in conf/merge/linear.yaml"
-        ) from error
-    if names[:2] != ["base", "experts"]:
-        raise ConfigError(f"merge._target_ {target!r} is no merge method: its parameters must begin with base, experts")
-    return function

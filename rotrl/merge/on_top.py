@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rotrl.merge.types import Matrix, Share, Within
+from rotrl.merge.types import Equivariant, Share, Within
 
 
 def svc(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     merged: Tensor,
@@ -35,7 +35,7 @@ def svc(
     return (base + (u * (s * gamma)) @ vh).to(base)
 
 
-def subspace_boosting(base: Matrix, experts: Sequence[Tensor], *, merged: Tensor, beta: Share = 0.01) -> Tensor:
+def subspace_boosting(base: Equivariant, experts: Sequence[Tensor], *, merged: Tensor, beta: Share = 0.01) -> Tensor:
     """Raises the singular values of `W - W0` below the cut to the cut. arXiv 2506.16506.
 
     The cut is the first singular value at which the cumulated share of their sum reaches beta. At the default .01
@@ -47,7 +47,7 @@ def subspace_boosting(base: Matrix, experts: Sequence[Tensor], *, merged: Tensor
 
 
 def spectrum_projection(
-    base: Matrix, experts: Sequence[Tensor], *, merged: Tensor, reference: Literal["base", "mean"] = "base"
+    base: Equivariant, experts: Sequence[Tensor], *, merged: Tensor, reference: Literal["base", "mean"] = "base"
 ) -> Tensor:
     """`U diag(s) V^T` of `W = U diag(.) V^T`, s the singular values of the base or the mean of the experts' own."""
     u, _, vh = torch.linalg.svd(merged.double(), full_matrices=False)

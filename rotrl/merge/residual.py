@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rotrl.merge.linear import weighted_sum
-from rotrl.merge.types import Matrix, NonNegative, Share, Within
+from rotrl.merge.types import Equivariant, Matrix, NonNegative, Share, Within
 
 
 def resmerge(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,

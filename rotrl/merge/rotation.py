@@ -5,7 +5,7 @@ this rotation does not explain. A left rotation is a right one of the transposed
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
 from rotrl.merge.subspace import tsv_m
-from rotrl.merge.types import Density, Matrix, NonNegative, Pair, Side
+from rotrl.merge.types import Density, Equivariant, NonNegative, Pair, Rows, Side, Unless
 
 Given = Sequence[Rotation | None] | None
 """Rotations of the base towards each expert, in place of those in closed form; None stands for the identity."""
 
 
 def split_task_arithmetic(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
@@ -45,7 +45,7 @@ def split_task_arithmetic(
 
 
 def orthomerge(
-    base: Matrix,
+    base: Annotated[Equivariant, Unless((("residual", "ties"), ("variant", "conflict")))],
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
@@ -88,7 +88,7 @@ def orthomerge(
 
 
 def lie_sum(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
@@ -112,7 +112,7 @@ def lie_sum(
 
 
 def geodesic(
-    base: Matrix, experts: Pair, *, t: float = 0.5, side: Side = "right", anchor: NonNegative = 0.01
+    base: Equivariant, experts: Pair, *, t: float = 0.5, side: Side = "right", anchor: NonNegative = 0.01
 ) -> Tensor:
     """From the first expert to the second along their rotation: `W(t) = W_A exp(t log R) + t (W_B - W_A R)`.
 
@@ -135,9 +135,7 @@ def with_residuals(found: Turns, rotated: Turn, vectors: Sequence[Tensor], weigh
     return moved + weighted_sum(vectors, weights)
 
 
-def geodesic_aligned(
-    base: Tensor, experts: Pair, *, source: Tensor, rotation: Rotation | None, t: float = 0.5
-) -> Tensor:
+def geodesic_aligned(base: Rows, experts: Pair, *, source: Tensor, rotation: Rotation | None, t: float = 0.5) -> Tensor:
     """The geodesic along the alignment of the first expert to the second, `W_A R^t + t (W_B - W_A R)`.
 
     Where a tensor has no rotation it is the chord.
@@ -151,7 +149,7 @@ def geodesic_aligned(
 
 
 def learned(
-    base: Tensor, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | Delta | None, t: float = 1.0
+    base: Rows, experts: Sequence[Tensor], *, source: Tensor, rotation: Rotation | Delta | None, t: float = 1.0
 ) -> Tensor:
     """On the way to what the align stage learned: `S R^t`, or `S + t delta` where that is no rotation.
 

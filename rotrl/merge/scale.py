@@ -1,4 +1,4 @@
-"""The common scale of task-vector methods: lambda as a number, or a rule that finds one for every tensor."""
+"""The common scale of task-vector methods: lambda as a number, or a rule that finds one by tensor or for all."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -8,18 +8,46 @@ from torch import Tensor
 from rotrl.errors import ConfigError, NumericsError
 
 Merged = tuple[Tensor, Sequence[Tensor], Tensor]
-RULES = ("mean", "norm", "sum", "retention")
+GLOBAL = ("norm_global", "retention_global")
+RULES = ("mean", "norm", "sum", "retention", *GLOBAL)
+
+
+class Sums:
+    """Norms and inner products of the update `d = W - W0` at scale 1 and the task vectors d_i, over pieces."""
+
+    def __init__(self, count: int) -> None:
+        self.energy, self.products, self.squares = 0.0, 0.0, [0.0] * count
+
+    def add(self, base: Tensor, experts: Sequence[Tensor], merged: Tensor) -> None:
+        d = (merged - base).double()
+        self.energy += float(d.square().sum())
+        for i, expert in enumerate(experts):
+            vector = (expert - base).double()
+            self.products += float((d * vector).sum())
+            self.squares[i] += float(vector.square().sum())
+
+    def factor(self, rule: str) -> float:
+        """lambda of `W0 + lambda d`: norm has `|lambda d| = mean |d_i|`, retention `<lambda d, sum d_i> = sum |d_i|^2`.
+
+        By retention the merge has as much of the task vectors along themselves as they have; for `d = sum d_i` of equal
+        norms it solves `sum_j c <d_j, d_i> = |d_i|^2`. NumericsError where d is nothing to enlarge.
+        """
+        wanted, found = sum(self.squares), self.products
+        if rule.startswith("norm"):
+            wanted, found = sum(square**0.5 for square in self.squares) / len(self.squares), self.energy**0.5
+        if wanted and found <= 1e-6 * wanted:
+            raise NumericsError(f"the update at scale 1 is nothing that merge.scale={rule} could enlarge; use a number")
+        return wanted / found if wanted else 1.0
 
 
 def at_scale(
-    merge: Callable[[dict[str, Any]], Iterable[Merged]], count: int, hyper: dict[str, Any]
+    merge: Callable[[dict[str, Any]], Iterable[Merged]], count: int, hyper: dict[str, Any], factor: float | None = None
 ) -> Iterator[Merged]:
-    """Base, experts and merge of each piece of a tensor, at a number or by a rule; `d` is the update at scale 1.
+    """Base, experts and merge of each piece of a tensor, at a number or by a rule.
 
     `merge(hyper)` gives base, `count` experts and merge of each piece. mean: scale 1 / sum w_i (1/T without weights).
-    sum: scale 1. norm: `W0 + lambda d` with |lambda d| = mean |d_i|. retention: `W0 + lambda d` with
-    `lambda = sum |d_i|^2 / sum <d, d_i>`, so that the merge has as much of the task vectors along themselves as they
-    have; for `d = sum d_i` of equal norms it solves `sum_j c <d_j, d_i> = |d_i|^2`.
+    sum: scale 1. norm and retention: `W0 + lambda d` with lambda by `Sums` of the tensor, norm_global and
+    retention_global: with the `factor` that is given, by those of the whole model.
     """
     rule = hyper.get("scale")
     if rule == "mean":
@@ -29,25 +57,14 @@ def at_scale(
         hyper = hyper | {"scale": 1 / total}
     elif isinstance(rule, str):
         hyper = hyper | {"scale": 1.0}
-    if rule not in ("norm", "retention"):
+    if rule not in ("norm", "retention", *GLOBAL):
         yield from merge(hyper)
         return
-    pieces, last, energy, products, squares = 0, None, 0.0, 0.0, [0.0] * count
-    for pieces, last in enumerate(merge(hyper), 1):  # noqa: B007
-        base, experts, merged = last
-        d = (merged - base).double()
-        vectors = [(expert - base).double() for expert in experts]
-        energy += float(d.square().sum())
-        products += float(sum((d * v).sum() for v in vectors))
-        squares = [square + float(v.square().sum()) for square, v in zip(squares, vectors, strict=True)]
-    wanted, found = (sum(squares), products) if rule == "retention" else (_mean_root(squares), energy**0.5)
-    if wanted and found <= 1e-6 * wanted:
-        raise NumericsError(f"the update at scale 1 is nothing that merge.scale={rule} could enlarge; use a number")
-    factor = wanted / found if wanted else 1.0
+    pieces, last, sums = 0, None, Sums(count)
+    if factor is None:
+        for pieces, last in enumerate(merge(hyper), 1):  # noqa: B007
+            sums.add(*last)
+        factor = sums.factor(rule)
     # A tensor in one piece is not merged twice: it may take minutes.
     for base, experts, merged in [last] if pieces == 1 and last else merge(hyper):
         yield base, experts, (base + factor * (merged - base).double()).to(base)
-
-
-def _mean_root(squares: Sequence[float]) -> float:
-    return sum(square**0.5 for square in squares) / len(squares)

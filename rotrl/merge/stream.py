@@ -44,9 +44,11 @@ class Stream:
         """What was measured, the weights' sha256 and the manifest's entries; goes on where a run of this key ended."""
         keep_freed_memory()
         total, names = Measure(list(self.merger.experts)), list(self.merger.base.tensors)
-        whole = [name for name in names if not self.merger.by_rows(name)]
+        # Work by rows takes less time than its way to a GPU, but for that in a span.
+        span = self.devices[0] != "cpu"
+        whole = [name for name in names if self.merger.rows(name) is None or (span and self.merger.in_span(name))]
         jobs: dict[str, Future[tuple[list[Tensor], Measure]]] = {}
-        _ = self.merger.statistics  # before the threads ask for it
+        self.merger.prepare(self.devices[0])  # before the threads ask for it
 
         def parts_of(name: str) -> Iterator[Tensor]:
             if name in whole:

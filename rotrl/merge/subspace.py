@@ -9,13 +9,14 @@ from torch import Tensor
 from rotrl.linalg.procrustes import polar
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
-from rotrl.merge.types import Density, Matrix, Share, Within
+from rotrl.merge.types import Density, Equivariant, Share, Within
 
 Weights = Sequence[float] | None
 Triplets = tuple[Tensor, Tensor, Tensor]
+NULL = 1e-6
 
 
-def tsv_m(base: Matrix, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
+def tsv_m(base: Equivariant, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     """Task singular vectors: `W0 + scale polar(U) S polar(V)^T`. arXiv 2412.00081, section 4.
 
     U, S, V are the leading min(m, n) / T singular triplets of every d_i side by side; the polar factors are the
@@ -26,13 +27,15 @@ def tsv_m(base: Matrix, experts: Sequence[Tensor], *, scale: float = 1.0) -> Ten
     return base + scale * (polar(u) * s) @ polar(v).mT
 
 
-def iso_c(base: Matrix, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
+def iso_c(base: Equivariant, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     """Isotropic merge: `W0 + scale mean(s) U V^T` of `sum d_i = U diag(s) V^T`. arXiv 2502.04959, equation 5."""
     u, s, vh = torch.linalg.svd(weighted_sum([expert - base for expert in experts]), full_matrices=False)
     return base + scale * s.mean() * (u @ vh)
 
 
-def iso_cts(base: Matrix, experts: Sequence[Tensor], *, scale: float = 1.0, common_fraction: Share = 0.8) -> Tensor:
+def iso_cts(
+    base: Equivariant, experts: Sequence[Tensor], *, scale: float = 1.0, common_fraction: Share = 0.8
+) -> Tensor:
     """Isotropic in common and task-specific subspaces: `W0 + scale mean(s) polar(U) polar(V)^T`. arXiv 2502.04959.
 
     Of r = min(m, n) singular triplets U, s, V the first r - T k are the leading ones of `sum d_i`, and k of each expert
@@ -48,7 +51,7 @@ def iso_cts(base: Matrix, experts: Sequence[Tensor], *, scale: float = 1.0, comm
 
 
 def knots_ties(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     density: Density = 0.2,
@@ -58,11 +61,12 @@ def knots_ties(
 ) -> Tensor:
     """TIES in the shared left basis: `W0 + scale U ties(U^T d_1, ..., U^T d_T)`. arXiv 2410.19735.
 
-    U are the left singular vectors of the updates side by side, (m, T n), without those of singular value 0.
+    U are the left singular vectors of the updates side by side, (m, T n), without those of singular value 0, which one
+    below 1e-6 of the largest counts as.
     """
     vectors = [expert - base for expert in experts]
     u, s, _ = torch.linalg.svd(torch.cat(vectors, dim=1), full_matrices=False)
-    u = u[:, s > s[0] * max(base.shape) * torch.finfo(s.dtype).eps]
+    u = u[:, s > s[0] * max(NULL, max(base.shape) * torch.finfo(s.dtype).eps)]
     if not u.shape[1]:
         return base.clone()
     parts = [u.mT @ d for d in vectors]
@@ -71,7 +75,7 @@ def knots_ties(
 
 
 def rewiring(
-    base: Matrix,
+    base: Equivariant,
     experts: Sequence[Tensor],
     *,
     delta_fraction: Density = 0.01,

@@ -21,8 +21,24 @@ class Within:
         return f"{'(' if self.above else '['}{self.low:g}, {self.high:g}]"
 
 
-Matrix = Annotated[Tensor, "out x in"]
-"""The base of a method that acts on 2-D tensors only; all others go by the linear rule."""
+@dataclass(frozen=True)
+class Unless:
+    """Parameters, each with the choice by which an Equivariant method is none and needs whole matrices."""
+
+    choices: tuple[tuple[str, str], ...]
+
+
+Matrix = Annotated[Tensor, "matrix"]
+"""The base of a method that merges matrices of attention and MLP, each whole; all others go by the linear rule."""
+
+Equivariant = Annotated[Tensor, "equivariant"]
+"""The base of a method of 2-D tensors with f(Q W0, Q W_1, ...) = Q f(W0, W_1, ...) for all Q with orthonormal columns.
+
+A very tall one, an embedding, is merged in a basis (`span`), any other whole.
+"""
+
+Slices = Annotated[Tensor, "slices"]
+"""The base of a method that merges each slice of `height` rows of a matrix by itself; matrices only."""
 
 Rows = Annotated[Tensor, "rows"]
 """The base of a method that merges a tensor row by row, given a `summary` of the whole where it has that parameter."""

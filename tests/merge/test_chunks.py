@@ -11,7 +11,7 @@ from rotrl.checkpoint import writer
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import NumericsError
 from rotrl.merge import chunks, summary
-from rotrl.merge.chunks import Chunks
+from rotrl.merge.chunks import Chunks, rows_of
 from rotrl.merge.engine import merge, merge_state
 from rotrl.merge.summary import Gram, Thresholds
 
@@ -92,8 +92,8 @@ def test_gram_of_pieces_is_that_of_the_whole():
 
 def test_shapes_and_faults():
     for shape in ((), (5,), (0, 3), (700, 2000), (3, 900, 900)):
-        pieces = Chunks(torch.ones(shape), [torch.zeros(shape)], whole=len(shape) < 2)
+        pieces = Chunks(torch.ones(shape), [torch.zeros(shape)], rows=rows_of(shape) if len(shape) > 1 else None)
         assert torch.equal(torch.cat([base.reshape(-1) for base, _ in pieces]), torch.ones(shape).reshape(-1))
         assert len(list(pieces)) == len(pieces)
     with pytest.raises(NumericsError, match="NaN or Inf"):
-        Chunks(torch.tensor([1.0, torch.inf]), [torch.zeros(2)], whole=True)[0]
+        Chunks(torch.tensor([1.0, torch.inf]), [torch.zeros(2)], rows=None)[0]
