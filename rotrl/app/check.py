@@ -15,6 +15,7 @@ from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.errors import ConfigError
 from rotrl.evaluate.engine_settings import OWN, vllm_settings
 from rotrl.evaluate.sampling import Sampling
+from rotrl.merge.stream import devices
 
 Section = tuple[str, Mapping[str, Any], Sequence[str]]
 
@@ -40,6 +41,10 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
     for key, choices in (("dtype", ("auto", "float32", "bfloat16", "float16")), ("rounding", ROUNDINGS)):
         if cfg[key] not in choices:
             problems.append(f"{key} is {cfg[key]!r}, one of {', '.join(choices)} is expected")
+    try:
+        devices(cfg["device"])
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
 

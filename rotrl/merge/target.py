@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rotrl.checkpoint.reader import Checkpoint
+from rotrl.checkpoint.staging import abandoned
 from rotrl.checkpoint.writer import MANIFEST, valid_manifest
 from rotrl.errors import ConfigError
 
@@ -56,10 +57,14 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
 
 
 def check_space(target: Path, needed: int) -> None:
-    """ConfigError where fewer than `needed` bytes are free."""
+    """ConfigError where fewer than `needed` bytes are free or held by what killed runs left beside the target.
+
+    Of that a merge keeps the shards which it need not write again, and removes the rest.
+    """
     folder = target.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    left = [file for old in abandoned(target) if old.suffix != ".old" for file in old.rglob("*") if file.is_file()]
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in left)
     if needed > free:
         raise ConfigError(f"{target}: the merge needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")

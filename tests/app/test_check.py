@@ -36,6 +36,20 @@ KEYS = {  # beside merge=linear and QUIET
     "per layer": (["merge=ties", "merge.per_layer={densty: [0.1]}"], "per_layer.densty of the method, did you mean"),
     "pattern": (["merge=ties", "merge.per_layer={density: {qq: 0.1}}"], "'qq' is neither a module (q, k, "),
     "top level": (["dtype=float8", "rounding=up"], "rounding is 'up', one of nearest, stochastic"),
+    "device": (["device=cuda:77"], "device is 'cuda:77', one of auto, cpu"),
+    "embeddings": (["merge=wudi", "merge.scope=all"], "merge.scope=all: wudi takes matrices whole"),
+    "a solver without the form": (
+        ["merge=iso_merger", "merge.solver=first_order", "merge.reproject=false"],
+        "merge.solver=first_order has no published form",
+    ),
+    "one scale and others": (
+        ["merge=ties", "merge_scale=norm_global", "merge.per_layer={scale: {q: 0.5}}"],
+        "merge.scale=norm_global is one factor for all tensors; leave out merge.per_layer.scale",
+    ),
+    "one scale in a layer": (
+        ["merge=ties", "merge.per_layer={scale: {q: retention_global}}"],
+        "merge.per_layer.scale.q is retention_global, one factor for all tensors",
+    ),
     "density": (["merge=ties", "merge.density=-3"], "merge.density is -3, it must lie in (0, 1]"),
     "weights that cancel": (["merge.weights={math: 0.5, code: -0.5}"], "merge.weights sum to 0"),
     "weights that cancel in a rule": (

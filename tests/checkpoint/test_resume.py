@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +17,11 @@ from rotrl.checkpoint.staging import JOURNAL, abandoned, finished, staging
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import ConfigError
 from rotrl.merge import stream
-from rotrl.merge.engine import merge
+from rotrl.merge.engine import merge, plan_merge
 from rotrl.merge.method import bind
 
 EXPERTS = ["math", "code"]
+LINEAR = bind({"_target_": "rotrl.merge.linear.linear"}, EXPERTS)
 # Merges in argv[1] once for each step, each time in a fresh process, which dies there.
 KILLER = """
 import json, os, signal, sys
@@ -40,9 +43,8 @@ for at, name in enumerate(steps):
 
 def linear_of(root, target, **options):
     models = {name: open_checkpoint(root / name) for name in ("base", *EXPERTS)}
-    method = bind({"_target_": "rotrl.merge.linear.linear"}, EXPERTS)
     options = {"dtype": "float32", "device": "cpu", **options}
-    return merge(models.pop("base"), models, method, target, **options)
+    return merge(models.pop("base"), models, LINEAR, target, **options)
 
 
 def stop_at(name, number, action):
@@ -143,6 +145,21 @@ def test_interrupted_with_a_changed_shard_or_another_configuration(root, referen
     linear_of(root, other, dtype="bfloat16")
     verify(other)
     assert not left_behind(target.parent)
+
+
+def test_space_that_finished_shards_take_is_not_asked_for_again(root, reference, monkeypatch):
+    whole, steps = reference
+    target = root / "place" / "out"
+    interrupted(root, target, monkeypatch, [step for step in steps if step.endswith(".safetensors written")][2])
+    [left] = abandoned(target)
+    kept = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+    needed = plan_merge(open_checkpoint(root / "base"), {}, LINEAR)["bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - kept - 1))
+    with pytest.raises(ConfigError, match="GB are free"):
+        linear_of(root, target)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - kept))
+    linear_of(root, target)
+    assert contents(target) == contents(whole)
 
 
 def test_before_the_first_shard_and_on_errors_nothing_is_left(root, monkeypatch):

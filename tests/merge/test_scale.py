@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from rotrl.checkpoint.layout import Role
 from rotrl.errors import ConfigError, NumericsError
+from rotrl.merge import chunks
+from rotrl.merge.engine import merge, merge_state
 from rotrl.merge.linear import task_arithmetic
 from rotrl.merge.rotation import lie_sum
-from rotrl.merge.scale import RULES, at_scale
+from rotrl.merge.scale import GLOBAL, RULES, at_scale
 from rotrl.merge.sparse import ties
 
 SEEDS = st.integers(0, 10**6)
@@ -84,3 +86,35 @@ def test_what_may_stand_for_a_scale(method):
         method("ties", scale="large")
     with pytest.raises(ConfigError, match=r"merge\.density is 'mean', a number is expected"):
         method("ties", density="mean")
+
+
+@pytest.mark.parametrize("rule", GLOBAL)
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "tsv_m", "iso_c"])
+def test_one_factor_for_the_whole_model(name, rule, trio, method, monkeypatch):
+    monkeypatch.setattr(chunks, "ENTRIES", 100)
+    base, experts = trio
+    flat = lambda state: np.concatenate([tensor.double().numpy().ravel() for tensor in state.values()])  # noqa: E731
+    w0 = flat({name: base.read(name) for name in base.tensors})
+    d = [flat({name: expert.read(name) for name in base.tensors}) - w0 for expert in experts.values()]
+    at_1 = flat(merge_state(*trio, method(name, scale=1.0))) - w0
+    if rule == "norm_global":
+        factor = np.mean([np.linalg.norm(x) for x in d]) / np.linalg.norm(at_1)
+    else:
+        factor = sum(x @ x for x in d) / sum(at_1 @ x for x in d)
+    bound = method(name, scale=rule)
+    assert bound.passes == 2
+    np.testing.assert_allclose(flat(merge_state(*trio, bound)) - w0, factor * at_1, atol=2e-6)
+
+
+def test_one_factor_under_another_method_and_in_the_report(trio, method, shipped, tmp_path):
+    on_top = method("svc", of=shipped("ties", scale="norm_global"), alpha=1.0)
+    below, whole = merge_state(*trio, method("ties", scale="norm_global")), merge_state(*trio, on_top)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(whole[name], below[name])
+    assert (on_top.scale, on_top.passes) == ("norm_global", 2)
+    result = merge(*trio, method("task_arithmetic", scale="norm_global"), tmp_path / "out")
+    assert result["norm_ratio"] == pytest.approx(1, abs=1e-5)
+    assert result["effective_coefficient"] == pytest.approx(0.5**0.5, abs=0.05)
+    told = merge(*trio, method("task_arithmetic", scale="retention_global"), tmp_path / "other")
+    c = np.array([*told["coefficients"].values()])
+    assert c[0] == pytest.approx(c[1])
