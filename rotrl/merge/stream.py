@@ -48,6 +48,8 @@ class Stream:
         span = self.devices[0] != "cpu"
         whole = [name for name in names if self.merger.rows(name) is None or (span and self.merger.in_span(name))]
         jobs: dict[str, Future[tuple[list[Tensor], Measure]]] = {}
+        # On one stream the copy of the next tensor would wait for the merge of this one.
+        streams = [None if device == "cpu" else torch.cuda.Stream(device) for device in self.devices]
         self.merger.prepare(self.devices[0])  # before the threads ask for it
 
         def parts_of(name: str) -> Iterator[Tensor]:
@@ -55,8 +57,8 @@ class Stream:
                 first = whole.index(name)
                 for i in range(first, min(first + len(self.devices), len(whole))):
                     if whole[i] not in jobs:
-                        device = self.devices[i % len(self.devices)]
-                        jobs[whole[i]] = pool.submit(self._merged, whole[i], dtype, device)
+                        turn = i % len(self.devices)
+                        jobs[whole[i]] = pool.submit(self._merged, whole[i], dtype, self.devices[turn], streams[turn])
                 parts, own = jobs[name].result()
                 jobs[name] = Future()  # done, and its memory with it
                 yield from parts
@@ -83,9 +85,12 @@ class Stream:
                 pass
         return total.storage_loss
 
-    def _merged(self, name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Measure]:
+    def _merged(
+        self, name: str, dtype: torch.dtype, device: str, stream: torch.cuda.Stream | None
+    ) -> tuple[list[Tensor], Measure]:
         own = Measure(list(self.merger.experts))
-        return [part.cpu() for part in self._measured(name, dtype, own, device)], own
+        with torch.cuda.stream(stream):
+            return [part.cpu() for part in self._measured(name, dtype, own, device)], own
 
     def _measured(self, name: str, dtype: torch.dtype, measure: Measure, device: str = "cpu") -> Iterator[Tensor]:
         for number, (base, experts, merged) in enumerate(self.merger.parts(name, device)):
