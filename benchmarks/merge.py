@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
+from rotrl.config import compose
 from rotrl.merge.chunks import Chunks
 from rotrl.merge.engine import merge
 from rotrl.merge.method import Method, bind
@@ -102,8 +103,7 @@ def make(folder: Path, layers: int) -> None:
 
 def method_of(name: str, scope: str | None = None) -> Method:
     """As shipped, with the peer's parameters; `scope` takes the place of its own."""
-    content = OmegaConf.create({"merge_scale": 1.0, "seed": 0, "merge": OmegaConf.load(CONF / f"{name}.yaml")})
-    config: Any = OmegaConf.to_container(content.merge, resolve=True)
+    config: Any = OmegaConf.to_container(compose([f"merge={name}"]).merge, resolve=True)
     return bind({**config, **PEERS.get(name, {}), **({"scope": scope} if scope else {})}, EXPERTS)
 
 
