@@ -71,7 +71,7 @@ def open_given(
         for name, turned in file.sides.items():
             sides.setdefault(name, set()).update(turned)
     if two := [name for name, turned in sides.items() if len(turned) > 1]:
-        problems.append(f"'{two[0]}' is turned on both sides, by one file or two; choose one align.side")
+        problems.append(f"'{two[0]}' is turned on both sides, by one file or by two; learn all with one align.side")
     if problems:
         raise ConfigError("; ".join(f"merge.rotations: {problem}" for problem in problems))
     return opened

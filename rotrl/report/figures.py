@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from rotrl.checkpoint.files import whole_file
+from rotrl.report.alignment import by_layer
 from rotrl.report.evidence_figures import kappa_by_layer, share_vs_null
 from rotrl.report.function_figures import dose_response, parts, restored
 from rotrl.report.paint import STYLE
@@ -27,6 +28,7 @@ FIGURES: dict[str, Draw] = {
     "dose_response": dose_response,
     "restored": restored,
     "alignment": alignment,
+    "alignment_by_layer": by_layer,
     "tasks_scatter": tasks_scatter,
     "task_means": task_means,
     "curves": curves,

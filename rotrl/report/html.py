@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rotrl.checkpoint.files import whole_file
-from rotrl.report import words
+from rotrl.report import alignment, words
 from rotrl.report.curves import by_value
 from rotrl.report.notes import notes
 from rotrl.report.paint import BLUE, INK, MUTED, PAPER, RULE
@@ -38,6 +38,8 @@ FIGURES = {
     "extremes over seeds. Dashed: the best merge that it does not change, and each expert on its own task.",
     "alignment": "Divergence of the rotated model from its teachers while the rotations were learned. Lines: training "
     "batches; circles: held-out problems, before (open) and after (filled).",
+    "alignment_by_layer": "What was learned of each matrix: how far its rotation turns, and how much of the squared "
+    "distance to its counterpart in the teachers that removes. Hollow: outputs turned; filled: inputs.",
 }
 # Colours of the figures that follow the page into the dark.
 THEMED = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", BLUE.lower(): "blue"}
@@ -81,6 +83,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
             "Lineage": words.lineage_words(record)[:1],
             "Geometry": words.geometry_words(record),
             "Function": words.function_words(record),
+            "Alignment": alignment.sentences(record.get("align") or {}),
             "Merges": words.merge_words(table, record),
         },
         "table": table,
@@ -98,6 +101,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "function": (record.get("function") or {}).get("rows") or [],
         "thresholds": ((record.get("geometry") or {}).get("thresholds") or {}).get("words"),
         "align": _align(record.get("align") or {}),
+        "aligned": alignment.by_module(alignment.matrices(run_dir)),
         "merges": record.get("merges") or {},
         "warnings": record.get("warnings") or [],
         "decisions": record.get("decisions") or [],
@@ -195,7 +199,7 @@ def _align(align: Mapping[str, Any]) -> list[tuple[str, str]]:
         source = f"{kind} {merge}"
     before, after = align.get("kl_before") or {}, align.get("kl_after") or {}
     rows = [
-        ("rotated weights", source),
+        ("source", source),
         ("teachers", ", ".join(align.get("teachers") or [])),
         ("objective", ", ".join(str(align[key]) for key in ("objective", "parametrization") if align.get(key))),
         *(

@@ -64,7 +64,7 @@ def test_one_page_without_network_or_scripts(full):
 def test_the_page_says_what_the_record_says(full):
     record, run_dir = full
     text = " ".join(" ".join(rendered(record, run_dir).text).split())
-    for title in ("What was run", "Verdict", "Scores", "Comparisons", "Figures", "Learned rotation", "Warnings"):
+    for title in ("What was run", "Verdict", "Scores", "Comparisons", "Figures", "What was learned", "Warnings"):
         assert title in text
     for words in ("siblings", "no rotation beyond the null", "learned beats", "10 merges were tried", "landlock"):
         assert words in text
