@@ -79,43 +79,43 @@ def angles(c: Coordinates, *, side: Side) -> tuple[Tensor, Tensor]:
     inverse = torch.where(c.s > 0, 1 / c.s.square(), 0.0)
     squares = turns(c, side="left").square().sum(-2) + c.below * inverse
     noise = _off_diagonal(_pairs(c.s)).sum(-2) + (m - c.s.shape[-1]) * inverse
-    return squares.sqrt().rad2deg(), (noise * c.energy / (m * n)).sqrt().rad2deg()
+    return squares.sqrt().rad2deg(), (noise * c.energy.unsqueeze(-1) / (m * n)).sqrt().rad2deg()
 
 
 def band_rows(c: Coordinates, *, side: Side, edges: Sequence[float]) -> Iterator[dict[str, Any]]:
     """A row for each band between the edges, and for each tenth of the spectrum, from the largest singular values on.
 
     start and stop are shares of the directions; energy and energy_noise shares of ||D||^2; share, null and kappa are
-    of the band's own energy; angle and angle_noise medians in degrees.
+    of the band's own energy; angle and angle_noise medians in degrees. Of a batch each of these is a tensor.
     """
-    found, total = directions(c, side=side), float(c.energy)
+    found = directions(c, side=side)
     turned, noise = angles(c, side=side)
-    r = len(c.s)
+    r = c.s.shape[-1]
     spans = dict.fromkeys([*zip((0.0, *edges), (*edges, 1.0), strict=True), *DECILES])
     for start, stop in spans:
         band = slice(round(start * r), round(stop * r))
         count = band.stop - band.start
         if not count:
             continue
-        energy, share, null = (float(values[band].sum()) for values in found[:3])
-        pairs = found.covariance[band]
-        spread = float(pairs.sum() + pairs[:, band].sum()) ** 0.5
-        turnable = energy - null
-        kappa, spread = ((x / turnable if turnable > 0 else float("nan")) for x in (share - null, spread))
+        energy, share, null = (values[..., band].sum(-1) for values in found[:3])
+        pairs = found.covariance[..., band, :]
+        spread = (pairs.sum((-2, -1)) + pairs[..., band].sum((-2, -1))).sqrt()
+        turnable = torch.where(energy > null, energy - null, torch.nan)
+        kappa, spread = (share - null) / turnable, spread / turnable
         yield {
             "side": side,
             "start": start,
             "stop": stop,
             "directions": count,
-            "energy": energy / total,
+            "energy": energy / c.energy,
             "energy_noise": count / r,
-            "share": share / energy if energy else float("nan"),
-            "null": null / energy if energy else float("nan"),
+            "share": share / energy,
+            "null": null / energy,
             "kappa": kappa,
             "kappa_low": kappa - 1.96 * spread,
             "kappa_high": kappa + 1.96 * spread,
-            "angle": float(turned[band].quantile(0.5)),
-            "angle_noise": float(noise[band].quantile(0.5)),
+            "angle": turned[..., band].quantile(0.5, dim=-1),
+            "angle_noise": noise[..., band].quantile(0.5, dim=-1),
         }
 
 

@@ -1,7 +1,7 @@
 """Does the rotation in an update carry its skill? Parts of it, judged by KL to the expert on its own samples."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +9,13 @@ from rotrl.align.data import Rollout, load_rollouts
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.errors import ConfigError
+from rotrl.evidence.bases import Bases
 from rotrl.evidence.gain import JUDGED, Gains, Part, beside_controls, judge_expert, overall
+from rotrl.evidence.parts import Chosen, named_parts, sampled_parts, variant_of
 from rotrl.evidence.published import published
-from rotrl.evidence.restore import Span, left_out, restorations
+from rotrl.evidence.restore import Span
 from rotrl.evidence.table import Work, write_table
-from rotrl.evidence.trial import Trial
-from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Variant, dose, nothing, whole
+from rotrl.evidence.trial import Trial, depths
 
 ACCURACY = ["accuracy", "accuracy_low", "accuracy_high", "to_expert", "to_expert_low", "to_expert_high"]
 COLUMNS = [
@@ -32,7 +33,6 @@ COLUMNS = [
     "difference_high",
     *ACCURACY,
 ]
-Chosen = Variant | str | None  # a name: what lacks as much of D as that part does, at random places
 Score = Callable[[str, str, Path, str], dict[str, float]]
 
 
@@ -67,53 +67,30 @@ def function(
     `score(expert, part, folder, sha256)` gives the columns ACCURACY of one variant; each is written, scored, removed.
     Parts that are done are kept in out/function.work.jsonl until all are. Raises ConfigError, CheckpointError.
     """
-    _check(side, draws, tight)
-    if accuracy and score is None:
-        raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")
-    parts = dict(_parts(draws, swaps, restorations(restore), doses))
+    parts = named_parts(side, draws, swaps, restore, doses)
+    _check(tight, accuracy, score)
     check_family(base, experts)
-    samples = load_rollouts(experts, rollouts, max_tokens=max_tokens)
-    samples = {name: _chosen(given, problems, seed) for name, given in samples.items()}
+    given = load_rollouts(experts, rollouts, max_tokens=max_tokens)
+    samples = {name: _chosen(found, problems, seed) for name, found in given.items()}
     weights = {name: model.sha256 for name, model in {"": base, **experts}.items()}
     hashes = {name: file_sha256(Path(path)) for name, path in (rollouts or {}).items()}
     work = Work(out / "function.work.jsonl", [weights, hashes, seed, side, problems, max_tokens, list(parts)])
-    sampled = {part: _kind(part) for part in parts if not _kind(part) or part.endswith("_0")} if accuracy else {}
-    total, done = len(experts) * (len(parts) + len(sampled)), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
-    trials = [Trial(name, base, expert, side, seed) for name, expert in experts.items()]
-    measured = [_measure(trial, parts, samples[trial.name], work, batch, step) for trial in trials]
+    bases = Bases(out / "bases")
+    bases.reserve((base.tensors[key].shape for key in depths(base)), models=1 + len(experts))
+    trials = [Trial(name, base, expert, side, seed, bases) for name, expert in experts.items()]
+    sampled = sampled_parts(parts) if accuracy else {}
+    step = _steps(len(trials) * (len(parts) + len(sampled)), progress)
+    measured = {trial: _measure(trial, parts, samples[trial.name], work, batch, step) for trial in trials}
     found: dict[str, Gains] = {}
-    for trial, values in zip(trials, measured, strict=True):  # the engine wants the memory that models took
+    for trial, values in measured.items():  # only now: the engine wants the memory that models took
         scores = _score(trial, parts, values, sampled, work, cast(Score, score), out / "variant", step)
         own = len(samples[trial.name])
         found[trial.name] = Gains(values, samples=own, resamples=bootstrap, seed=seed, accuracy=scores)
     rows = [{"expert": name, **row} for name, gains in found.items() for row in gains.rows()]
     write_table(out / "function.csv", COLUMNS, [{key: row.get(key) for key in COLUMNS} for row in rows])
     work.path.unlink()
-    judged = {name: judge_expert(name, gains, tight) for name, gains in found.items()}
-    for name, expert in experts.items():
-        judged[name]["published"] = published(base.path, expert.path)
-    verdict, sentences = overall(judged)
-    for name, gains in found.items():
-        sentences += [*beside_controls(name, gains), *judged[name]["published"]]
-    told = (
-        f"supported if the gain of the tangent part over that of {', of '.join(JUDGED)} at equal energy has an "
-        f"interval above 1; refuted if one of these intervals ends below {1 + tight:g}; else undecided"
-    )
-    return {
-        "rows": rows,
-        "experts": judged,
-        "verdict": verdict,
-        "words": " ".join(sentences),
-        "sentences": sentences,
-        "thresholds": {"words": told},
-    }
+    bases.remove()
+    return {"rows": rows, **_verdict(found, base, experts, tight)}
 
 
 def _measure(
@@ -129,7 +106,7 @@ def _measure(
     for part, chosen in parts.items():
         key = f"{trial.name}/{part}"
         if key not in work.rows:
-            work.add(key, [trial.measure(part, _variant(chosen, measured), samples, batch)])
+            work.add(key, [trial.measure(part, variant_of(chosen, measured), samples, batch)])
         measured[part] = Part(**work.rows[key][0])
         step()
     trial.release()
@@ -146,42 +123,51 @@ def _score(
     folder: Path,
     step: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of the sampled parts, each a checkpoint for as long as it takes; a drawn one stands for its kind."""
+    """{row: accuracy} of the sampled parts, each a checkpoint for as long as it takes."""
     scores = {}
-    for part, kind in sampled.items():
+    for part, row in sampled.items():
         key = f"{trial.name}/{part}/accuracy"
         if key not in work.rows:
-            with trial.on_disk(part, _variant(parts[part], measured), folder) as sha256:
+            with trial.on_disk(part, variant_of(parts[part], measured), folder) as sha256:
                 work.add(key, [score(trial.name, part, folder, sha256)])
-        scores[kind or part] = work.rows[key][0]
+        scores[row] = work.rows[key][0]
         step()
-    trial.release()
     return scores
 
 
-def _variant(chosen: Chosen, measured: Mapping[str, Part]) -> Variant | None:
-    return left_out(measured[chosen].energy, measured[chosen].taken) if isinstance(chosen, str) else chosen
+def _verdict(
+    found: Mapping[str, Gains], base: Checkpoint, experts: Mapping[str, Checkpoint], tight: float
+) -> dict[str, Any]:
+    """The verdicts with the sentences that tell them, and the thresholds that they follow from."""
+    judged = {name: judge_expert(name, gains, tight) for name, gains in found.items()}
+    verdict, sentences = overall(judged)
+    for name, gains in found.items():
+        judged[name]["published"] = published(base.path, experts[name].path)
+        sentences += [*beside_controls(name, gains), *judged[name]["published"]]
+    told = (
+        f"supported if the gain of the tangent part over that of {', of '.join(JUDGED)} at equal energy has an "
+        f"interval above 1; refuted if one of these intervals ends below {1 + tight:g}; else undecided"
+    )
+    return {
+        "experts": judged,
+        "verdict": verdict,
+        "words": " ".join(sentences),
+        "sentences": sentences,
+        "thresholds": {"words": told},
+    }
 
 
-def _kind(part: str) -> str:
-    """Which kind of random draw a part is one of; empty for all others."""
-    kind = part.rpartition("_")[0]
-    return kind if kind in DRAWN else ""
+def _steps(total: int, progress: Callable[[int, int], None] | None) -> Callable[[], None]:
+    """What counts one more of the parts as done."""
+    done = 0
 
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
 
-def _parts(
-    draws: int, swaps: bool, restored: Mapping[str, Variant], doses: Sequence[float]
-) -> Iterator[tuple[str, Chosen]]:
-    yield from (("base", nothing), ("matrices", whole), ("non_matrix", None))
-    yield from SINGLE.items()
-    yield from ((f"{name}_{i}", variant) for name, variant in DRAWN.items() for i in range(draws))
-    yield from SWAPS.items() if swaps else ()
-    for name, variant in restored.items():
-        yield name, variant
-        yield f"{name}_control", name
-    for t in doses:
-        yield f"update_{t:g}", dose(t, rotated=False)
-        yield f"rotation_{t:g}", dose(t, rotated=True)
+    return step
 
 
 def _chosen(rollouts: list[Rollout], problems: int | None, seed: int) -> list[Rollout]:
@@ -194,10 +180,8 @@ def _chosen(rollouts: list[Rollout], problems: int | None, seed: int) -> list[Ro
     return [rollout for rollout in rollouts if rollout.problem in kept]
 
 
-def _check(side: str, draws: int, tight: float) -> None:
-    if side not in ("small", "left", "right"):
-        raise ConfigError(f"evidence.function.side: {side!r} is not small, left or right")
-    if draws < 1:
-        raise ConfigError(f"evidence.function.draws: {draws}; at least one random direction is needed")
+def _check(tight: float, accuracy: bool, score: Score | None) -> None:
     if tight <= 0:
         raise ConfigError(f"evidence.function.tight: {tight}; give a width above 0")
+    if accuracy and score is None:
+        raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")

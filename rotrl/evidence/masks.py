@@ -13,7 +13,7 @@ from rotrl.linalg.spectrum import Basis
 
 
 class Masks(NamedTuple):
-    """Of the base, (m, n) booleans: the largest entries of its rank-k part, and its own smallest entries."""
+    """Of the base, (..., m, n) booleans: the largest entries of its rank-k part, and its own smallest entries."""
 
     principal: Tensor
     low: Tensor
@@ -21,13 +21,14 @@ class Masks(NamedTuple):
 
 def masks(W0: Tensor, frame: Basis, share: float) -> Masks:
     """`share` is that of the singular directions in the rank-k part, and that of the entries in each mask."""
-    k = max(1, round(share * len(frame.s)))
-    part = ((frame.U[:, :k] * frame.s[:k]) @ frame.V[:, :k].mT).abs().flatten()
-    size, count = W0.numel(), max(1, round(share * W0.numel()))
-    low = W0.abs().flatten().float()
+    k = max(1, round(share * frame.s.shape[-1]))
+    part = (frame.U[..., :k] * frame.s[..., None, :k]) @ frame.V[..., :k].mT
+    entries = W0.shape[-2] * W0.shape[-1]
+    count = max(1, round(share * entries))
+    principal, low = part.abs_().flatten(-2), W0.abs().flatten(-2).float()
     return Masks(
-        (part >= part.kthvalue(size - count + 1).values).view_as(W0),
-        (low <= low.kthvalue(count).values).view_as(W0),
+        (principal >= _ranked(principal, entries - count + 1)).view(W0.shape),
+        (low <= _ranked(low, count)).view(W0.shape),
     )
 
 
@@ -37,19 +38,26 @@ def changed(W0: Tensor, W1: Tensor) -> Tensor:
     return before != after
 
 
-def overlap(mask: Tensor, update: Tensor) -> float:
+def density(mask: Tensor) -> Tensor:
+    """Share of the entries of each matrix that are in the mask, float64."""
+    return mask.sum((-2, -1)).double() / (mask.shape[-2] * mask.shape[-1])
+
+
+def overlap(mask: Tensor, update: Tensor) -> Tensor:
     """|mask & update| / |mask| over the share of all entries in `update`: 1 for independent masks, NaN for none."""
-    density = float(update.double().mean())
-    return float((mask & update).sum() / mask.sum()) / density if density else float("nan")
+    return density(mask & update) / density(mask) / density(update)
 
 
-def jaccard(a: Tensor, b: Tensor) -> float:
+def jaccard(a: Tensor, b: Tensor) -> Tensor:
     """|a & b| / |a | b|; NaN for two empty masks."""
-    union = float((a | b).sum())
-    return float((a & b).sum()) / union if union else float("nan")
+    return density(a & b) / density(a | b)
 
 
-def jaccard_random(a: Tensor, b: Tensor) -> float:
+def jaccard_random(a: Tensor, b: Tensor) -> Tensor:
     """What two independent masks of these densities p and q show: p q / (p + q - p q)."""
-    p, q = (float(mask.double().mean()) for mask in (a, b))
-    return p * q / (p + q - p * q) if p + q else float("nan")
+    p, q = density(a), density(b)
+    return p * q / (p + q - p * q)
+
+
+def _ranked(values: Tensor, place: int) -> Tensor:
+    return values.kthvalue(place, -1, keepdim=True).values

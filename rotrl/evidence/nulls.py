@@ -1,8 +1,9 @@
 """Updates that carry no rotation, or a known part of one: what every measure is read against.
 
-A control takes the base, the real update and its coordinates in the basis of the base, and gives another update of the
-same matrix, or its coordinates alone where these suffice: no matrix is made, no basis applied. Draws depend
-on the seed and on names alone, so a row is the same whatever is measured beside it.
+A control takes bases W0 (b, m, n), their real updates and the coordinates of these in the basis of the base, and gives
+other updates of the same matrices, or their coordinates alone where these suffice: no matrix is made, no basis applied.
+Each matrix draws from a generator of its own, which depends on the seed, on names and on the kind of device alone, so
+a row is the same whatever is measured beside it, in a batch or alone.
 """
 
 import difflib
@@ -17,42 +18,49 @@ from rotrl.errors import ConfigError
 from rotrl.linalg.spectrum import Coordinates, Side
 from rotrl.linalg.tangent import tangent_part
 
+Generators = Sequence[Generator]
 
-def seeded(seed: int, *names: str) -> Generator:
-    """A generator for one draw, named by what is drawn (expert, tensor, control)."""
+
+def seeded(seed: int, *names: str, device: str = "cpu") -> Generator:
+    """A generator for one draw, named by what is drawn (expert, tensor, control). It draws on its device."""
     digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def isotropic(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
+def isotropic(W0: Tensor, D: Tensor, c: Coordinates, generators: Generators) -> Tensor:
     """Gaussian noise of the norm of D."""
-    noise = torch.randn(D.shape, generator=generator, dtype=D.dtype).to(D.device)
-    return noise * (torch.linalg.matrix_norm(D) / torch.linalg.matrix_norm(noise))
+    noise = torch.empty_like(D)
+    for matrix, generator in zip(noise, generators, strict=True):
+        matrix.normal_(generator=generator)
+    return noise.mul_((torch.linalg.matrix_norm(D) / torch.linalg.matrix_norm(noise))[:, None, None])
 
 
-def sign_flip(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Coordinates:
+def sign_flip(W0: Tensor, D: Tensor, c: Coordinates, generators: Generators) -> Coordinates:
     """D with random signs in the singular basis of the base: its energy on every pair stays, their relation goes.
 
     Outside the thin basis whole columns (or rows) change sign, which keeps the free block's energies.
     """
-    flipped, signs = c.T * _signs(c.T, generator), _signs(c.s, generator)
+    flipped, signs = c.T * _signs(c.T, generators), _signs(c.s, generators)
     outside = None if c.outside is None else c.outside * signs.unsqueeze(-1) * signs.unsqueeze(-2)
     return c._replace(T=flipped, outside=outside)
 
 
-def permuted(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
+def permuted(W0: Tensor, D: Tensor, c: Coordinates, generators: Generators) -> Tensor:
     """D with its rows and its columns in random order: the same entries and spectrum, unrelated to the base."""
-    rows, columns = (torch.randperm(size, generator=generator).to(D.device) for size in D.shape[-2:])
-    return D[..., rows, :][..., columns]
+    drawn = torch.empty_like(D)
+    for matrix, own, g in zip(drawn, D, generators, strict=True):
+        rows, columns = (torch.randperm(size, generator=g, device=g.device) for size in own.shape)
+        matrix.copy_(own[rows][:, columns])
+    return drawn
 
 
-def bf16_rounding(W0: Tensor, D: Tensor, c: Coordinates, generator: Generator) -> Tensor:
+def bf16_rounding(W0: Tensor, D: Tensor, c: Coordinates, generators: Generators) -> Tensor:
     """bf16(W0 + noise) - W0 with noise of the norm of D: what storage in bfloat16 makes of noise."""
-    noisy = W0.to(D.dtype) + isotropic(W0, D, c, generator)
+    noisy = isotropic(W0, D, c, generators).add_(W0.to(D.dtype))
     return noisy.to(torch.bfloat16).to(D.dtype) - W0.to(D.dtype)
 
 
-Control = Callable[[Tensor, Tensor, Coordinates, Generator], Tensor | Coordinates]
+Control = Callable[[Tensor, Tensor, Coordinates, Generators], Tensor | Coordinates]
 CONTROLS: dict[str, Control] = {f.__name__: f for f in (isotropic, sign_flip, permuted, bf16_rounding)}
 
 
@@ -67,13 +75,13 @@ def check_controls(names: Iterable[str]) -> None:
             )
 
 
-def plant(c: Coordinates, fraction: float, *, side: Side, generator: Generator) -> Coordinates:
+def plant(c: Coordinates, fraction: float, *, side: Side, generators: Generators) -> Coordinates:
     """sqrt(1 - f) sign-flipped D + sqrt(f) rotation of the energy of D, in the singular basis of the base.
 
     The rotation is the tangent part of a second sign flip, so both halves have the energy profile of D. Signs of
     the free block are independent in the two, so there energies add, as they do in the mean.
     """
-    noise, carrier = (c._replace(T=c.T * _signs(c.T, generator)) for _ in range(2))
+    noise, carrier = (c._replace(T=c.T * _signs(c.T, generators)) for _ in range(2))
     turn = tangent_part(carrier, side=side)
     keep = torch.as_tensor(1.0 - fraction).to(c.T)
     gain = fraction * c.energy / turn.energy  # no tangent direction at all (one row or column): NaN, as kappa is
@@ -92,5 +100,8 @@ def planted_fraction(kappa: float, curve: Sequence[tuple[float, float]]) -> floa
     return float(np.interp(kappa, np.maximum.accumulate(kappas), fractions))
 
 
-def _signs(like: Tensor, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+def _signs(like: Tensor, generators: Generators) -> Tensor:
+    drawn = torch.empty_like(like)
+    for matrix, generator in zip(drawn, generators, strict=True):
+        matrix.random_(0, 2, generator=generator)
+    return drawn.mul_(2).sub_(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from rotrl.errors import ConfigError
-from rotrl.evidence.variants import Matrix, Variant, random_part, values
+from rotrl.evidence.variants import Matrix, Variant, normal, random_part, values
 
 Span = Sequence[float]
 
@@ -43,7 +43,7 @@ def left_out(energy: float, taken: float) -> Variant:
     share = (1 - energy + taken) / 2
 
     def changed(x: Matrix, generator: Generator) -> Tensor:
-        noise = torch.randn(x.D.shape, generator=generator, dtype=x.D.dtype)
+        noise = normal(x.D, generator)
         size = (max(0.0, taken - share) * x.D.square().sum()).sqrt()
         return x.D - random_part(x, share, generator) + noise * size / torch.linalg.matrix_norm(noise)
 

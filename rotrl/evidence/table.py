@@ -50,6 +50,11 @@ def defined(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with None for every number that is not defined, as JSON wants it."""
+    return {key: defined(value) if isinstance(value, float) else value for key, value in row.items()}
+
+
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.9g}"

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,61 +15,63 @@ from rotrl.checkpoint.reader import Checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars
 from rotrl.checkpoint.writer import write_weights
 from rotrl.errors import CheckpointError
+from rotrl.evidence.bases import Bases
 from rotrl.evidence.divergence import Divergence, load_model
 from rotrl.evidence.nulls import seeded
 from rotrl.evidence.variants import Matrix, Variant, nothing
-from rotrl.linalg.spectrum import basis
+from rotrl.linalg.spectrum import Basis
 
-KEPT = 1 << 26  # entries of matrices up to which their singular bases stay in memory; beyond, each is made again
+CHUNK = 1 << 20  # entries in float64 at a time
+
+
+class Made(NamedTuple):
+    """A tensor of a variant; of a matrix ||C||^2, ||D - C||^2 and ||D||^2 of its change C and the expert's D too."""
+
+    weights: Tensor
+    energy: float = 0.0
+    taken: float = 0.0
+    total: float = 0.0
 
 
 class Trial:
-    """What the weights of each variant are. Models are loaded when first needed.
+    """What the weights of each variant are. Models are loaded when first needed, onto the GPU where there is one.
 
     A variant changes the matrices of attention and MLP, the rest is the base's; None changes all but the matrices.
     """
 
-    def __init__(self, name: str, base: Checkpoint, expert: Checkpoint, side: str, seed: int) -> None:
-        self.name, self.base, self.expert, self.side, self.seed = name, base, expert, side, seed
-        roles = {key: role_of(key, info.shape) for key, info in base.tensors.items()}
-        layers = 1 + max((role.layer for role in roles.values() if role.layer is not None), default=0)
-        self.depths = {key: ((role.layer or 0) + 0.5) / layers for key, role in roles.items() if role.is_matrix}
-        if not self.depths:
-            raise CheckpointError(
-                f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)"
-            )
-        size = sum(base.tensors[key].shape[0] * base.tensors[key].shape[1] for key in self.depths)
-        self.kept: dict[str, Matrix] | None = {} if size <= KEPT else None
+    def __init__(self, name: str, base: Checkpoint, expert: Checkpoint, side: str, seed: int, bases: Bases) -> None:
+        self.name, self.side, self.seed, self.bases = name, side, seed, bases
+        self.models = {"base": base, "expert": expert}
+        self.depths = depths(base)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.divergence: Divergence | None = None
         self.model: Any = None
         self.state: dict[str, Tensor] = {}
 
     def measure(self, part: str, variant: Variant | None, rollouts: list[Rollout], batch: int) -> dict[str, Any]:
         """Energy of a part, energy of what it leaves out, and KL of the model that has it, by problem."""
-        if self.divergence is None:
-            self.divergence = Divergence(self.expert, rollouts, batch=batch)
-            self.model = load_model(self.base)
-            self.state = self.model.state_dict()
-            if unknown := [key for key in self.base.tensors if key not in self.state]:
-                raise CheckpointError(
-                    f"{self.base.path}: tensor '{unknown[0]}' has no place in {type(self.model).__name__}; remove it"
-                )
+        divergence = self.divergence or self._load(rollouts, batch)
         energy = taken = total = 0.0
-        for key in self.base.tensors:
-            before = self.base.read(key).double()
-            change = self._change(key, part, variant)
-            self.state[key].copy_(before + change)
-            energy += float(change.square().sum())
-            if key in self.depths:
-                update = self.expert.read(key).double() - before
-                taken, total = taken + float((update - change).square().sum()), total + float(update.square().sum())
-        kl = self.divergence.of(self.model)
+        for key in self.models["base"].tensors:
+            made = self._made(key, part, variant)
+            self.state[key].copy_(made.weights)
+            energy, taken, total = energy + made.energy, taken + made.taken, total + made.total
+        kl = divergence.of(self.model)
         energy, taken = (value / total if total else float("nan") for value in (energy, taken))
-        return {"energy": energy, "taken": taken, "kl": kl.tolist(), "tokens": self.divergence.tokens.tolist()}
+        return {"energy": energy, "taken": taken, "kl": kl.tolist(), "tokens": divergence.tokens.tolist()}
+
+    def _load(self, rollouts: list[Rollout], batch: int) -> Divergence:
+        base = self.models["base"]
+        self.divergence = Divergence(self.models["expert"], rollouts, batch=batch)
+        self.model = load_model(base)
+        self.state = self.model.state_dict()
+        if unknown := [key for key in base.tensors if key not in self.state]:
+            kind = type(self.model).__name__
+            raise CheckpointError(f"{base.path}: tensor '{unknown[0]}' has no place in {kind}; remove it")
+        return self.divergence
 
     def release(self) -> None:
-        """Frees the models and bases in memory: another expert or an engine that samples needs it."""
-        self.kept = None if self.kept is None else {}
+        """Frees the models in memory: another expert or an engine that samples needs it."""
         self.divergence, self.model, self.state = None, None, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -80,28 +82,45 @@ class Trial:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            shapes = {key: info.shape for key, info in self.base.tensors.items()}
+            base = self.models["base"]
+            shapes = {key: info.shape for key, info in base.tensors.items()}
 
             def tensor(key: str) -> Tensor:
-                return (self.base.read(key).double() + self._change(key, part, variant)).float()
+                return self._made(key, part, variant).weights.float().cpu()
 
             sha256, _ = write_weights(folder, shapes, torch.float32, tensor)
-            copy_sidecars(self.base, folder, torch.float32)
+            copy_sidecars(base, folder, torch.float32)
             yield sha256
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _change(self, key: str, part: str, variant: Variant | None) -> Tensor:
-        if key in self.depths:
-            return self._matrix(key).update(variant or nothing, seeded(self.seed, self.name, key, part))
-        before = self.base.read(key).double()
-        return torch.zeros_like(before) if variant else self.expert.read(key).double() - before
+    def _made(self, key: str, part: str, variant: Variant | None) -> Made:
+        before, after = (model.read(key) for model in self.models.values())
+        if key not in self.depths:
+            return Made(before) if variant else Made(after, energy=_squared_distance(before, after))
+        before, after = (W.to(self.device).double() for W in (before, after))
+        update = after - before
 
-    def _matrix(self, key: str) -> Matrix:
-        if self.kept is not None and key in self.kept:
-            return self.kept[key]
-        W0 = self.base.read(key).double()
-        made = Matrix(basis(W0), W0, self.expert.read(key).double() - W0, self.side, self.depths[key])
-        if self.kept is not None:
-            self.kept[key] = made
-        return made
+        def decomposed(which: str, W: Tensor) -> Basis:
+            return self.bases.of(f"{self.models[which].sha256}/{key}", W)
+
+        matrix = Matrix(before, update, self.side, self.depths[key], decomposed)
+        change = matrix.update(variant or nothing, seeded(self.seed, self.name, key, part, device=self.device))
+        energies = (float(M.square().sum()) for M in (change, update - change, update))
+        return Made(before + change, *energies)
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> float:
+    """||A - B||^2 in float64, in chunks: an embedding is large."""
+    chunks = zip(a.flatten().split(CHUNK), b.flatten().split(CHUNK), strict=True)
+    return sum(float((y.double() - x.double()).square().sum()) for x, y in chunks)
+
+
+def depths(base: Checkpoint) -> dict[str, float]:
+    """Where the layer of each matrix of attention and MLP lies in the model, 0 to 1. CheckpointError without any."""
+    roles = {key: role_of(key, info.shape) for key, info in base.tensors.items()}
+    layers = 1 + max((role.layer for role in roles.values() if role.layer is not None), default=0)
+    found = {key: ((role.layer or 0) + 0.5) / layers for key, role in roles.items() if role.is_matrix}
+    if not found:
+        raise CheckpointError(f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)")
+    return found

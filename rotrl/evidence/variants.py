@@ -7,6 +7,7 @@ matrices of an MLP the larger side's rotations hold 91 % of any update), or the 
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -16,35 +17,51 @@ from rotrl.linalg.spectrum import Basis, basis
 from rotrl.linalg.tangent import tangent_projection
 
 Variant = Callable[["Matrix", Generator], Tensor]
+Decomposed = Callable[[str, Tensor], Basis]
+T = TypeVar("T", Tensor, Basis)
+
+
+def decompose(which: str, W: Tensor) -> Basis:
+    """The basis of W, made anew."""
+    return basis(W)
 
 
 class Matrix:
     """W0 (m, n), D and the basis of W0, turned so that the rotation acts on the left. side: small | left | right.
 
-    depth: where its layer lies in the model, 0 to 1.
+    depth: where its layer lies in the model, 0 to 1. decomposed: gives the basis of "base" or "expert" in float64, from
+    wherever it is kept; asked for only where a variant needs it.
     """
 
-    def __init__(self, frame: Basis, W0: Tensor, D: Tensor, side: str, depth: float = 0.0) -> None:
+    def __init__(
+        self, W0: Tensor, D: Tensor, side: str, depth: float = 0.0, decomposed: Decomposed = decompose
+    ) -> None:
         self.depth = depth
         m, n = W0.shape
         self.flip = side == "right" or (side == "small" and m >= n)
-        self.frame = frame.mT if self.flip else frame
-        self.W0, self.D = (M.mT.double() if self.flip else M.double() for M in (W0, D))
+        self.W0, self.D = (self._turned(M.double()) for M in (W0, D))
+        self._decomposed = decomposed
 
     def update(self, variant: Variant, generator: Generator) -> Tensor:
         """The update of a variant, in the shape of the matrix."""
         if not self.D.any():
-            return self.D.mT if self.flip else self.D
-        change = variant(self, generator)
-        return change.mT if self.flip else change
+            return self._turned(self.D)
+        return self._turned(variant(self, generator))
+
+    @cached_property
+    def frame(self) -> Basis:
+        return self._turned(self._decomposed("base", self._turned(self.W0)))
+
+    @cached_property
+    def after(self) -> Basis:
+        return self._turned(self._decomposed("expert", self._turned(self.W0 + self.D)))
 
     @cached_property
     def tangent(self) -> Tensor:
         return tangent_projection(self.frame, self.D, side="left")
 
-    @cached_property
-    def after(self) -> Basis:
-        return basis(self.W0 + self.D)
+    def _turned(self, M: T) -> T:
+        return M.mT if self.flip else M
 
 
 def nothing(x: Matrix, generator: Generator) -> Tensor:
@@ -81,7 +98,7 @@ def random(x: Matrix, generator: Generator) -> Tensor:
     turned = U @ (T * (signs + signs.triu(1).mT))
     if U.shape[0] > U.shape[1]:
         outside = image - U @ T
-        drawn = torch.randn(outside.shape, generator=generator, dtype=outside.dtype)
+        drawn = normal(outside, generator)
         drawn = drawn - U @ (U.mT @ drawn)
         turned = turned + drawn * (outside.norm(dim=0) / drawn.norm(dim=0))
     return turned @ V.mT
@@ -112,17 +129,17 @@ def part(x: Matrix, generator: Generator) -> Tensor:
 
 def random_part(x: Matrix, share: float, generator: Generator) -> Tensor:
     """Random coordinates of D in the basis of the base, scaled to exactly `share` of its energy."""
-    U, s, V = x.frame
+    U, _, V = x.frame
     if U.shape[0] < V.shape[0]:  # the outer block is on the right
         image = U.mT @ x.D
         T = image @ V
-        kept = U @ (T * _mask(T.shape, share, generator)) @ V.mT
-        kept = kept + U @ ((image - T @ V.mT) * _mask((len(s), 1), share, generator))
+        kept = U @ (T * _mask(T, share, generator)) @ V.mT
+        kept = kept + U @ ((image - T @ V.mT) * _mask(T[:, :1], share, generator))
     else:
         image = x.D @ V
         T = U.mT @ image
-        kept = U @ (T * _mask(T.shape, share, generator)) @ V.mT
-        kept = kept + ((image - U @ T) * _mask((1, len(s)), share, generator)) @ V.mT
+        kept = U @ (T * _mask(T, share, generator)) @ V.mT
+        kept = kept + ((image - U @ T) * _mask(T[:1], share, generator)) @ V.mT
     found = kept.square().sum()
     return kept * (share * x.D.square().sum() / found).sqrt() if found > 0 else kept
 
@@ -177,15 +194,20 @@ DRAWN: dict[str, Variant] = {f.__name__: f for f in (random, plane, part)}
 SWAPS: dict[str, Variant] = {f.__name__: f for f in (vectors, vectors_control, values, values_control)}
 
 
+def normal(like: Tensor, generator: Generator) -> Tensor:
+    """Independent standard normal numbers."""
+    return torch.empty_like(like).normal_(generator=generator)
+
+
 def _signs(like: Tensor, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like.dtype) * 2 - 1
+    return torch.empty_like(like).random_(0, 2, generator=generator) * 2 - 1
 
 
-def _mask(shape: tuple[int, ...], share: float, generator: Generator) -> Tensor:
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) < share).double()
+def _mask(like: Tensor, share: float, generator: Generator) -> Tensor:
+    return (torch.empty_like(like).uniform_(generator=generator) < share).to(like)
 
 
 def _elsewhere(r: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """One place in every row and column, none on the diagonal: a shift of a random order."""
-    order = torch.randperm(r, generator=generator)
+    order = torch.randperm(r, generator=generator, device=generator.device)
     return order, order.roll(1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rotrl.evidence.bands import angles, band_rows, directions, turns
+from rotrl.evidence.bands import angles, directions, turns
+from rotrl.evidence.bands import band_rows as columns
 from rotrl.linalg.spectrum import basis, coordinates
 from rotrl.linalg.tangent import generator, tangency, tangent_projection
 
@@ -14,6 +15,11 @@ cases = pytest.mark.parametrize(("shape", "side"), [(shape, side) for shape in S
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def band_rows(c, **options):
+    for row in columns(c, **options):
+        yield {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
 
 
 def full(W0):

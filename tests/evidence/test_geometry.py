@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+import rotrl.evidence.batches as batches_module
 import rotrl.evidence.geometry as geometry_module
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.config import compose
 from rotrl.errors import CheckpointError, ConfigError
-from rotrl.evidence.geometry import bootstrap_median, geometry
+from rotrl.evidence.batches import batches, matrix_bytes
+from rotrl.evidence.geometry import geometry
 from rotrl.evidence.measure import COLUMNS
 from rotrl.evidence.nulls import CONTROLS
+from rotrl.evidence.summary import bootstrap_median
 from rotrl.evidence.verdict import Thresholds, judge, overall_verdict
 
 
@@ -114,24 +117,60 @@ def test_rows_do_not_depend_on_what_is_measured_beside(family, base):
 def test_a_killed_measurement_goes_on_and_gives_the_same_table(family, base, monkeypatch):
     experts = {"noisy": family.save("noisy", family.moved(base, 1))}
     opened, out = family.save("base", base), family.folder / "out"
-    whole = geometry(opened, experts, family.folder / "whole")
+    whole = geometry(opened, experts, family.folder / "whole", batch=4)
 
     def killed(done, total):
-        if done == 5:
+        if done == 8:  # the second batch of four
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        geometry(opened, experts, out, progress=killed)
+        geometry(opened, experts, out, batch=4, progress=killed)
     with (out / "geometry.work.jsonl").open("a") as file:
         file.write('["model.layers.0.')  # torn by the kill
     measured = []
     original = geometry_module.measure
-    monkeypatch.setattr(geometry_module, "measure", lambda *x: measured.append(x[2]) or original(*x))
-    assert geometry(opened, experts, out) == whole
-    assert len(measured) == 28 - 5
+    monkeypatch.setattr(geometry_module, "measure", lambda *x: measured.extend(x[2]) or original(*x))
+    assert geometry(opened, experts, out, batch=4) == whole
+    assert len(measured) == 28 - 8
     assert sorted(path.name for path in out.iterdir()) == ["bands.csv", "geometry.csv"]
     for path in out.iterdir():
         assert path.read_bytes() == (family.folder / "whole" / path.name).read_bytes()
+
+
+def test_matrices_have_the_same_rows_in_any_batch(family, base):
+    """Seven shapes of four layers each, one matrix unmoved; draws belong to the tensor and not to its place."""
+    still = "model.layers.1.mlp.up_proj.weight"
+    states = [family.moved(base, 1) | {still: base[still]}, family.matrices(base, rotated)]
+    experts = {name: family.save(name, state) for name, state in zip(("noisy", "turned"), states, strict=True)}
+    opened = family.save("base", base)
+    tables = {}
+    for batch in (1, 2, 5):
+        out = family.folder / str(batch)
+        assert geometry(opened, experts, out, batch=batch, bootstrap=10)["unmoved"] == [f"noisy: {still}"]
+        files = [(out / f"{name}.csv").read_text().splitlines() for name in ("geometry", "bands", "pairs")]
+        tables[batch] = [row for lines in files for row in csv.DictReader(lines)]
+    for batch in (2, 5):
+        for one, other in zip(tables[1], tables[batch], strict=True):
+            for key, value in one.items():
+                if value != other[key]:
+                    assert float(other[key]) == pytest.approx(float(value), rel=1e-8, abs=1e-11), (one, key)
+
+
+def test_batches_hold_one_shape_and_respect_a_budget(monkeypatch):
+    shapes = {f"{m}{i}": shape for i in range(6) for m, shape in (("q", (64, 64)), ("k", (16, 64)), ("up", (640, 64)))}
+    options = {"updates": 2, "dtype": torch.float64, "device": "cpu"}
+    one = matrix_bytes((640, 64), 2, torch.float64)
+    monkeypatch.setattr(batches_module, "CPU_BYTES", 2 * one)
+    cut = list(batches(shapes, **options))
+    assert sorted(name for names in cut for name in names) == sorted(shapes)
+    for names in cut:
+        assert len({shapes[name] for name in names}) == 1
+        assert len(names) == 1 or sum(matrix_bytes(shapes[name], 2, torch.float64) for name in names) <= 2 * one
+    assert [names for names in cut if names[0].startswith("up")] == [["up0", "up1"], ["up2", "up3"], ["up4", "up5"]]
+    assert max(map(len, cut)) == 6
+    assert {len(names) for names in batches(shapes, **options, batch=5)} == {5, 1}
+    monkeypatch.setattr(batches_module, "CPU_BYTES", 1)
+    assert {len(names) for names in batches(shapes, **options)} == {1}
 
 
 def test_bands_suite_and_pairs_of_noise_and_of_a_rotation(family, base):
@@ -282,6 +321,7 @@ def test_bootstrap_over_layers_covers_the_median():
         ({"planted": [0.1, 3]}, "3 is not a fraction"),
         ({"principal": 0}, "0 is not a share"),
         ({"bands": [0.9, 0.1]}, r"\[0.9, 0.1\] are no rising edges"),
+        ({"batch": 0}, "batch: 0 is not auto or a number of matrices"),
         ({"device": "cuda:7"}, "'cuda:7' is not here; choose auto or cpu"),
         ({"references": ["sft"]}, "no model 'sft'; one of: noisy"),
     ],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rotrl.errors import ConfigError
 from rotrl.evidence.nulls import CONTROLS, check_controls, plant, planted_fraction, seeded
-from rotrl.linalg.spectrum import basis, coordinates, moved
+from rotrl.linalg.spectrum import Coordinates, basis, coordinates, moved
 from rotrl.linalg.tangent import tangency, tangent_projection
 
 SHAPES = [(30, 30), (20, 50), (50, 20)]
@@ -18,6 +18,25 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def controlled(control, W0, D, frame, generator):
+    """A control of one matrix: a batch of one."""
+    c = coordinates(frame, D)
+    drawn = CONTROLS[control](W0[None], D[None], batched(c), [generator])
+    return alone(drawn) if isinstance(drawn, Coordinates) else drawn[0]
+
+
+def batched(c):
+    return Coordinates(*(part[None] if isinstance(part, torch.Tensor) else part for part in c))
+
+
+def alone(c):
+    return Coordinates(*(part[0] if isinstance(part, torch.Tensor) else part for part in c))
+
+
+def planted(c, fraction, side, generator):
+    return alone(plant(batched(c), fraction, side=side, generators=[generator]))
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_controls_have_the_norm_of_the_update_and_no_rotation(shape, control):
@@ -26,7 +45,7 @@ def test_controls_have_the_norm_of_the_update_and_no_rotation(shape, control):
     D = 0.05 * (A - A.mT) @ W0  # a rotation, all of which the control must lose
 
     def draw(seed):
-        drawn = CONTROLS[control](W0, D, coordinates(frame, D), seeded(seed, control))
+        drawn = controlled(control, W0, D, frame, seeded(seed, control))
         return coordinates(frame, drawn) if isinstance(drawn, torch.Tensor) else drawn
 
     drawn = draw(0)
@@ -43,7 +62,7 @@ def test_sign_flip_keeps_the_energy_of_every_pair(shape):
     W0, D = random(*shape), random(*shape, seed=1)
     frame = basis(W0)
     before = coordinates(frame, D)
-    after = CONTROLS["sign_flip"](W0, D, before, seeded(0))
+    after = controlled("sign_flip", W0, D, frame, seeded(0))
     assert torch.allclose(after.T.abs(), before.T.abs())
     assert torch.allclose(after.below, before.below)
     assert torch.allclose(after.beside, before.beside)
@@ -55,7 +74,7 @@ def test_sign_flip_keeps_the_energy_of_every_pair(shape):
 def test_sign_flip_in_coordinates_is_the_one_of_the_matrix(shape):
     W0, D = random(*shape), random(*shape, seed=1)
     frame = basis(W0)
-    inside = CONTROLS["sign_flip"](W0, D, coordinates(frame, D), seeded(0))
+    inside = controlled("sign_flip", W0, D, frame, seeded(0))
     found, expected = moved(inside, 3).s, torch.linalg.svdvals(W0 + flipped(D, frame, seeded(0)))
     if shape[0] >= shape[1]:  # wide ones draw the transposed signs
         assert torch.allclose(found, expected, rtol=1e-9)
@@ -63,14 +82,14 @@ def test_sign_flip_in_coordinates_is_the_one_of_the_matrix(shape):
 
 def test_permuted_keeps_the_entries_and_the_spectrum():
     W0, D = random(6, 9), random(6, 9, seed=1)
-    drawn = CONTROLS["permuted"](W0, D, coordinates(W0, D), seeded(0))
+    drawn = controlled("permuted", W0, D, basis(W0), seeded(0))
     assert torch.equal(drawn.flatten().sort().values, D.flatten().sort().values)
     assert torch.allclose(torch.linalg.svdvals(drawn), torch.linalg.svdvals(D))
 
 
 def test_bf16_rounding_lands_on_bf16_numbers():
     W0, D = random(6, 9), 1e-3 * random(6, 9, seed=1)
-    W1 = W0 + CONTROLS["bf16_rounding"](W0, D, coordinates(W0, D), seeded(0))
+    W1 = W0 + controlled("bf16_rounding", W0, D, basis(W0), seeded(0))
     assert torch.allclose(W1, W1.to(torch.bfloat16).double(), rtol=0, atol=1e-15)
 
 
@@ -99,9 +118,9 @@ def test_planting_in_coordinates_is_planting_in_the_weights(shape, side):
     for i in range(draws):
         noise, carrier = (flipped(D, frame, seeded(i, half)) for half in ("noise", "carrier"))
         turn = tangent_projection(frame, carrier, side=side)
-        planted = (1 - f) ** 0.5 * noise + f**0.5 * norm * turn / torch.linalg.matrix_norm(turn)
-        direct.append(tangency(coordinates(frame, planted), side=side).kappa)
-    inside = [tangency(plant(c, f, side=side, generator=seeded(i)), side=side).kappa for i in range(draws)]
+        made = (1 - f) ** 0.5 * noise + f**0.5 * norm * turn / torch.linalg.matrix_norm(turn)
+        direct.append(tangency(coordinates(frame, made), side=side).kappa)
+    inside = [tangency(planted(c, f, side, seeded(i)), side=side).kappa for i in range(draws)]
     direct, inside = torch.stack(direct), torch.stack(inside)
     error = ((direct.var() + inside.var()) / draws).sqrt()
     assert abs(direct.mean() - inside.mean()) < 4 * error
@@ -111,7 +130,7 @@ def test_planting_in_coordinates_is_planting_in_the_weights(shape, side):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_calibration_rises_from_nothing_to_an_exact_rotation(shape, side):
     c = coordinates(random(*shape), random(*shape, seed=1))
-    found = [tangency(plant(c, f, side=side, generator=seeded(0, str(f))), side=side) for f in FRACTIONS]
+    found = [tangency(planted(c, f, side, seeded(0, str(f))), side=side) for f in FRACTIONS]
     kappas = [float(t.kappa) for t in found]
     assert abs(kappas[0]) < 4 * found[0].kappa_spread
     assert kappas[-1] == pytest.approx(1)
@@ -125,7 +144,7 @@ def test_planted_fractions_come_back(side):
     c = coordinates(random(120, 120), random(120, 120, seed=1))
 
     def kappa(f, draw):
-        return float(tangency(plant(c, f, side=side, generator=seeded(0, draw, str(f))), side=side).kappa)
+        return float(tangency(planted(c, f, side, seeded(0, draw, str(f))), side=side).kappa)
 
     curve = [(f, kappa(f, "curve")) for f in FRACTIONS]
     for f in (0.1, 0.2, 0.4, 0.75, 1.0):

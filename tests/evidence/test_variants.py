@@ -23,7 +23,7 @@ def case(request):
     shape, side = request.param
     W0, D = random(*shape), 0.1 * random(*shape, seed=1)
     one_sided = side if side != "small" else "left" if shape[0] < shape[1] else "right"
-    return W0, D, Matrix(basis(W0), W0, D, side), one_sided
+    return W0, D, Matrix(W0, D, side), one_sided
 
 
 def updates(x, seed=0):
@@ -151,5 +151,5 @@ def test_restorations_are_named_by_their_span():
 
 def test_an_unmoved_matrix_stays(case):
     W0, D, _, _ = case
-    x = Matrix(basis(W0), W0, torch.zeros_like(D), "small")
+    x = Matrix(W0, torch.zeros_like(D), "small")
     assert all(not change.any() for change in updates(x).values())

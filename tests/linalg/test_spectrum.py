@@ -6,14 +6,16 @@ import torch
 from rotrl.linalg.spectrum import (
     basis,
     coordinates,
+    gram_basis,
     gram_drift,
+    leading_angles,
     moved,
     nss,
     nu,
     principal_angles,
     rho,
 )
-from rotrl.linalg.tangent import tangent_part, tangent_projection
+from rotrl.linalg.tangent import tangency, tangent_part, tangent_projection
 
 SHAPES = [(6, 6), (4, 9), (9, 4)]
 
@@ -113,6 +115,35 @@ def test_principal_angles_of_planted_planes_at_every_size():
     mixed = Y @ torch.linalg.qr(random(k, k, seed=2)).Q
     assert torch.allclose(principal_angles(X, mixed), planted, rtol=1e-6, atol=1e-12)
     assert principal_angles(X, X).max() < 1e-14
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("angle", [1e-7, 1e-3, 0.8, 3.0])
+def test_leading_angles_are_the_principal_angles_to_the_first_units(angle, k):
+    Y = rotation(7, angle)[:, :k]
+    units = torch.eye(7, k, dtype=torch.float64)
+    expected = principal_angles(units, Y)
+    assert torch.allclose(leading_angles(Y), expected, rtol=0, atol=2e-8 * max(1.0, float(expected.max())))
+    assert torch.equal(leading_angles(torch.stack([units, Y]))[1], leading_angles(Y))
+
+
+@pytest.mark.parametrize("kind", ["generic", "graded", "deficient"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_basis_by_the_gram_matrix_is_that_of_the_svd(shape, kind):
+    """What a GPU computes, in batches: orthonormal at any rank, exact where the spectrum spans four decades."""
+    U, s, Vh = torch.linalg.svd(random(2, *shape), full_matrices=False)
+    if kind != "generic":
+        s = torch.logspace(0, -4, s.shape[-1], dtype=torch.float64).expand_as(s).clone()
+    if kind == "deficient":
+        s[..., -2:] = 0.0
+    W0 = U * s.unsqueeze(-2) @ Vh
+    found, expected, r = gram_basis(W0), basis(W0), s.shape[-1]
+    for axes in (found.U, found.V):
+        assert torch.allclose(axes.mT @ axes, torch.eye(r).double().expand(2, r, r), atol=1e-12)
+    assert torch.allclose(found.U * found.s.unsqueeze(-2) @ found.V.mT, W0, atol=1e-11)
+    assert torch.allclose(found.s, expected.s, rtol=1e-7, atol=1e-11)
+    shares = [tangency(coordinates(frame, random(*shape, seed=1)), side="left").share for frame in (found, expected)]
+    assert torch.allclose(*shares, rtol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0])
