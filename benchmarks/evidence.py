@@ -10,7 +10,6 @@ that it was planned with, and minutes of 28 layers (196 matrices): measured, or 
 """
 
 import argparse
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -91,17 +90,24 @@ def weights(module: str) -> Tensor:
 
 
 def seconds_of(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """CPU seconds and GB of the process at most; on a GPU seconds and GB that the run allocated there."""
+    """CPU seconds and GB that the run took at most; on a GPU seconds and GB that the run allocated there."""
     if device == "cpu":
-        start = time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, start = resident("VmRSS"), time.process_time()
         run()
-        return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return time.process_time() - start, resident("VmHWM") - before
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     run()
     torch.cuda.synchronize(device)
     return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def resident(what: str) -> float:
+    """GB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(what))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from rotrl.evidence.verdict import NOISE
 
 Row = Mapping[str, Any]
-SUITE = ("nss", "angle_mean", "angle_max", "unchanged_bf16", "principal_overlap", "low_overlap")
+SUITE = ("two_sided", "nss", "angle_mean", "angle_max", "unchanged_bf16", "principal_overlap", "low_overlap")
 
 
 def band_summary(rows: Sequence[Row], edges: Sequence[float]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.errors import ConfigError
 from rotrl.evidence.bases import Bases
-from rotrl.evidence.gain import JUDGED, Gains, Part, beside_controls, judge_expert, overall
+from rotrl.evidence.gain import GAIN, JUDGED, Gains, Part, beside_controls, judge_expert, overall
 from rotrl.evidence.parts import Chosen, named_parts, sampled_parts, variant_of
 from rotrl.evidence.published import published
 from rotrl.evidence.restore import Span
@@ -27,6 +27,7 @@ COLUMNS = [
     "score",
     "low",
     "high",
+    *GAIN,
     "control",
     "difference",
     "difference_low",
@@ -62,7 +63,8 @@ def function(
     `rollouts` are the files that align reads. A variant changes the matrices of attention and MLP; everything else is
     the base's, but in the row non_matrix, which is the reverse. Columns: energy is ||part||^2 / ||D||^2 over the
     matrices, taken ||D - part||^2 / ||D||^2, kl in nats a token, score the share 1 - kl / kl(base) of the gap that the
-    part closes, with low and high of a bootstrap over problems; difference is the score less that of the control in
+    part closes, with low and high of a bootstrap over problems; gain_per_energy nats a token gained for the energy
+    ||D||^2, with its interval; difference is the score less that of the control in
     the row, paired. Rows named by a dose: update_<t> is W0 + t D, rotation_<t> is R^t W0. With `accuracy`,
     `score(expert, part, folder, sha256)` gives the columns ACCURACY of one variant; each is written, scored, removed.
     Parts that are done are kept in out/function.work.jsonl until all are. Raises ConfigError, CheckpointError.

@@ -24,6 +24,7 @@ JUDGED = {
     "random directions of its planes": "plane",
     "random parts of the update": "part",
 }
+GAIN = ("gain_per_energy", "gain_low", "gain_high")
 SCALED = "the whole update at a scale"
 SWAPPED = {"vectors": "the expert's vectors with the base's values", "values": "the reverse"}
 BESIDE = {**JUDGED, SCALED: "scaled"}
@@ -114,10 +115,15 @@ class Gains:
                 "score": defined(self.score(name)[0]),
                 "low": defined(low),
                 "high": defined(high),
-                "gain_per_energy": defined((self.kl["base"] - self.kl[name])[0] / (self.energy(name) or math.nan)),
+                **self._gain(name),
                 **self._against_control(name),
                 **self.accuracy.get(name, {}),
             }
+
+    def _gain(self, name: str) -> dict[str, float | None]:
+        """Nats a token that the part gains for each ||D||^2 of energy, with its interval."""
+        gain = (self.kl["base"] - self.kl[name]) / (self.energy(name) or math.nan)
+        return dict(zip(GAIN, map(defined, (float(gain[0]), *interval(gain))), strict=True))
 
     def _against_control(self, name: str) -> dict[str, Any]:
         """Score less that of the control that leaves out or adds as much, paired by problem."""

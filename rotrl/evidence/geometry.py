@@ -45,7 +45,8 @@ def geometry(
     geometry.csv, bands.csv (by parts of the spectrum: bands.band_rows) and pairs.csv (two experts: pairs.pair_row).
 
     In geometry.csv one row a matrix, expert and side; `control` is "" for the real update, a control's name, or
-    planted_<fraction>. kappa_low and kappa_high are kappa -+ 1.96 standard deviations over the sign-flip null. The
+    planted_<fraction>. kappa_low and kappa_high are kappa -+ 1.96 standard deviations over the sign-flip null;
+    two_sided is the share of rotations on both sides at once, which all but 1 / max(m, n) of any update is. The
     summary holds medians with bootstrap intervals over layers, the planted fraction that would show the same kappa, and
     verdicts. Experts named in `references` (an SFT of the same base, say) are those that the others must differ from to
     be special. Rows are kept by matrix in out/geometry.work.jsonl until all are there: a call that was killed goes on

@@ -126,6 +126,11 @@ def relate(a: str, b: str, kin: Kinship, origins: Mapping[str, Mapping[str, Any]
         )
         if view.inherited_share > ORTHOGONAL:
             words += f"; {view.inherited_share:.0%} of the entries that {parent} changed are the same bits in {child}"
+        further = math.sqrt(_ratio(view.difference2, view.a2))
+        words += (
+            f"; so {child} is {parent} trained on, moved by {further:.2f} of {parent}'s update: to be as good at "
+            f"{parent}'s tasks, or better, {child} needs no merge"
+        )
     elif abs(total.cosine) < ORTHOGONAL:
         words = (
             f"{a} and {b} are siblings: the cosine of their updates is {total.cosine:.2f}, and their squared distance "

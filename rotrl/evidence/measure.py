@@ -20,6 +20,7 @@ from rotrl.linalg.spectrum import (
     Basis,
     Coordinates,
     Side,
+    along_base,
     basis,
     coordinates,
     gram_drift,
@@ -47,6 +48,8 @@ COLUMNS = [
     "kappa_high",
     "nu",
     "rho",
+    "along_base",
+    "two_sided",
     "gram",
     "nss",
     "angle_max",
@@ -172,6 +175,8 @@ def _update(c: Coordinates, settings: Settings) -> Iterator[Row]:
         "rel_norm": c.energy.sqrt() / torch.linalg.vector_norm(c.s, dim=-1),
         "nu": nu(after.s, c),
         "rho": rho(c),
+        "along_base": along_base(c),
+        "two_sided": tangency(c, side="both").share,
         "nss": nss(c.s, after.s),
     }
     for side, turned in zip(SIDES, (after.left, after.right), strict=True):

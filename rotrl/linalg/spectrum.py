@@ -161,7 +161,16 @@ def nss(before: Tensor, after: Tensor) -> Tensor:
 
 def rho(c: Coordinates) -> Tensor:
     """-2 <W0, D> / ||D||^2: 1 for every norm-preserving update, 0 for a random one. Weight decay confounds it."""
-    return -2 * (c.s * c.T.diagonal(dim1=-2, dim2=-1)).sum(-1) / c.energy
+    return -2 * _inner(c) / c.energy
+
+
+def along_base(c: Coordinates) -> Tensor:
+    """<W0, D>^2 / (||W0||^2 ||D||^2), the share of ||D||^2 that a multiple of W0 explains: what weight decay does."""
+    return _inner(c).square() / (c.s.square().sum(-1) * c.energy)
+
+
+def _inner(c: Coordinates) -> Tensor:
+    return (c.s * c.T.diagonal(dim1=-2, dim2=-1)).sum(-1)
 
 
 def gram_drift(c: Coordinates, *, side: Side) -> Tensor:

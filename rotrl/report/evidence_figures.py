@@ -59,15 +59,15 @@ def kappa_by_layer(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     rotation, none = number(thresholds.get("rotation")) or 0.5, number(thresholds.get("none")) or 0.05
     figure = Figure(figsize=(9.2, 1.0 + 2.0 * len(names)))
     grid = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
-    layers = sorted({row["layer"] for row in rows})
+    layers, shown = sorted({row["layer"] for row in rows}), modules(rows)
     dodge = 0.09 if len(layers) <= 8 else 0.0
     for (i, name), (j, side) in ((a, b) for a in enumerate(names) for b in enumerate(SIDES)):
         axes = grid[i][j]
         axes.axhspan(-none, none, color=RULE, alpha=0.6, linewidth=0)
         axes.axhline(rotation, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        for k, module in enumerate(MODULES):
+        for k, module in enumerate(shown):
             own = [r for r in rows if (r["expert"], r["side"], r["module"]) == (name, side, module)]
-            _depth_line(axes, own, k, dodge * (k - 3))
+            _depth_line(axes, own, k, dodge * (k - len(shown) // 2))
         axes.set_title(f"{name}, {side}", fontsize=10)
         if j == 0:
             axes.set_ylabel("kappa")
@@ -129,7 +129,8 @@ def _marks(axes: Axes, rows: Sequence[Row], marker: str, colour: str, label: str
 
 def _name_groups(axes: Axes, rows: Sequence[Row]) -> None:
     """Names of the modules under their cluster; modules of one shape share a cluster."""
-    null = {m: 100 * float(np.median([r["null"] for r in rows if r["module"] == m])) for m in _modules(rows)}
+    known = modules(rows)
+    null = {m: 100 * float(np.median([r["null"] for r in rows if r["module"] == m])) for m in known}
     groups: list[list[str]] = []
     for module in sorted(null, key=lambda m: null[m]):
         if groups and null[module] - null[groups[-1][0]] < 7:
@@ -138,12 +139,14 @@ def _name_groups(axes: Axes, rows: Sequence[Row]) -> None:
             groups.append([module])
     for group in groups:
         at = [100 * float(np.median([r[key] for r in rows if r["module"] in group])) for key in ("null", "share")]
-        names = ", ".join(sorted(group, key=MODULES.index))
+        names = ", ".join(sorted(group, key=known.index))
         axes.annotate(names, (at[0], at[1]), (20, -20), textcoords="offset points", ha="center", va="top", fontsize=9)
 
 
-def _modules(rows: Sequence[Row]) -> list[str]:
-    return [module for module in MODULES if any(row["module"] == module for row in rows)]
+def modules(rows: Sequence[Row]) -> list[str]:
+    """Those of a decoder layer in their order, then fused ones and what has no name of its own."""
+    found = dict.fromkeys(row["module"] for row in rows)
+    return [module for module in MODULES if module in found] + [module for module in found if module not in MODULES]
 
 
 def _depth_line(axes: Axes, rows: Sequence[Row], k: int, shift: float) -> None:
@@ -157,11 +160,11 @@ def _depth_line(axes: Axes, rows: Sequence[Row], k: int, shift: float) -> None:
         x,
         y,
         yerr=np.clip([y - low, high - y], 0, None),
-        fmt=MARKERS[k],
+        fmt=MARKERS[k % len(MARKERS)],
         markersize=4 if shift or len(rows) < 9 else 2.5,
-        color=PALETTE[k],
+        color=PALETTE[k % len(PALETTE)],
         elinewidth=0.8,
         linewidth=0.8,
         linestyle="-" if len(rows) > 8 else "none",
-        label=MODULES[k],
+        label=rows[0]["module"],
     )

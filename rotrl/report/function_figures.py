@@ -72,7 +72,7 @@ def dose_response(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
             bars = np.clip([y - low, high - y], 0, None)
             axes.errorbar(x, y, bars, fmt=f"{marker}-", color=colour, markersize=5, elinewidth=1.2, label=label)
         axes.axhline(100, color=INK, linewidth=0.9)
-        axes.set(xlabel="dose t", xlim=(0, None), ylim=(min(0, *axes.get_ylim()), 106))
+        axes.set(xlabel="dose t, share of update or angles", xlim=(0, None), ylim=(min(0, *axes.get_ylim()), 106))
         axes.set_title(name)
     return _finished(figure, panels, 2)
 

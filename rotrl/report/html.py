@@ -99,6 +99,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "geometry": (record.get("geometry") or {}).get("rows") or [],
         "beside": {key: (record.get("geometry") or {}).get(key) or [] for key in ("bands", "suite", "pairs")},
         "function": (record.get("function") or {}).get("rows") or [],
+        "decided": ((record.get("function") or {}).get("thresholds") or {}).get("words"),
         "thresholds": ((record.get("geometry") or {}).get("thresholds") or {}).get("words"),
         "align": _align(record.get("align") or {}),
         "aligned": alignment.by_module(alignment.matrices(run_dir)),

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rotrl.report.evidence_figures import SIDES, Row, geometry_rows, in_order, read_rows
-from rotrl.report.paint import INK, MARKERS, MODULES, MUTED, RULE, colours
+from rotrl.report.evidence_figures import SIDES, Row, geometry_rows, in_order, modules, read_rows
+from rotrl.report.paint import INK, MARKERS, MUTED, RULE, colours
 from rotrl.report.standings import experts, number
 
 PLANTED = "planted_"
@@ -20,15 +20,15 @@ def angle_spectra(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     rows = [row for row in read_rows(run_dir, "bands", BANDS) if round(row["stop"] - row["start"], 6) == 0.1]
     sides = {(r["expert"], r["tensor"]): _small_side(r) for r in geometry_rows(run_dir)}
     rows = [row for row in rows if row["side"] == sides.get((row["expert"], row["tensor"]))]
-    modules = [module for module in MODULES if any(row["module"] == module for row in rows)]
-    if not modules:
+    if not rows:
         return None
+    panels = modules(rows)[:8]
     names = in_order(rows, record)
     shown = [name for name in names if name in experts(record)] or names
     colour = colours(shown)
     figure = Figure(figsize=(9.2, 5.2))
     grid = figure.subplots(2, 4, sharex=True, squeeze=False)
-    for axes, module in zip(grid.flat, modules, strict=False):
+    for axes, module in zip(grid.flat, panels, strict=False):
         for i, name in enumerate(shown):
             own = [row for row in rows if (row["expert"], row["module"]) == (name, module)]
             x, angle, noise = _over_spectrum(own)
@@ -41,11 +41,11 @@ def angle_spectra(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         side = next(row["side"] for row in rows if row["module"] == module)
         axes.set_title(f"{module}, {side}", fontsize=10)
         axes.tick_params(axis="y", which="both", labelsize=8)
-    for axes in list(grid.flat)[len(modules) :]:
+    for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     for row in grid:
         row[0].set_ylabel("angle, degrees")
-    for axes in list(grid.flat)[max(0, len(modules) - 4) : len(modules)]:
+    for axes in list(grid.flat)[max(0, len(panels) - 4) : len(panels)]:
         axes.set_xlabel("singular directions, %", fontsize=9)
         axes.tick_params(labelbottom=True)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -75,10 +75,11 @@ def calibration(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
         low, middle, high = (np.array([np.quantile(at[key], q) for key in x]) for q in (0.1, 0.5, 0.9))
         axes.fill_between(x, low, high, color=RULE, linewidth=0, label="8 in 10 matrices")
         axes.plot(x, middle, "o-", color=INK, markersize=4, linewidth=1.2, label="planted, median")
-        for name, colour in colours(names).items():
+        for i, (name, colour) in enumerate(colours(names).items()):
             kappas = [row["kappa"] for row in real if (row["expert"], row["side"]) == (name, side)]
-            if kappas:
-                axes.axhline(float(np.median(kappas)), color=colour, linewidth=1.4, linestyle=(0, (4, 3)), label=name)
+            if kappas:  # dashes take turns, so that lines at one height all show
+                dashes = (5 * i, (4, 5 * len(names) - 4))
+                axes.axhline(float(np.median(kappas)), color=colour, linewidth=1.8, linestyle=dashes, label=name)
         axes.set(xlabel="rotation planted, % of the update's energy", xlim=(0, 100))
         axes.set_title(f"{side} rotation")
     panels[0].set_ylabel("kappa")

@@ -1,6 +1,6 @@
 """The terminal's view of a record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -69,7 +69,11 @@ def legend(table: Standings) -> str:
 
 
 def scores_table(table: Standings, console: Console, title: str, beside: Notes) -> Table:
-    views = [_score_table(table, console, title, beside, *chosen) for chosen in FORMATS]
+    return _fitting([_score_table(table, console, title, beside, *chosen) for chosen in FORMATS], console)
+
+
+def _fitting(views: Sequence[Table], console: Console) -> Table:
+    """The first that is no wider than the console, or else the last."""
     unbounded = console.options.update(width=10_000)
     fitting = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
     return next(fitting, views[-1])
@@ -123,18 +127,27 @@ def _kept(row: Row, task: str) -> str:
 
 
 def _geometry(geometry: Mapping[str, Any], console: Console) -> Table:
-    """Share of the update that a rotation explains, its null in brackets, and kappa; medians over layers."""
-    rows = geometry.get("rows") or []
-    experts = list(dict.fromkeys(str(row["expert"]) for row in rows))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
+    """Share of the update that a rotation explains, its null in brackets, and kappa; medians over layers.
+
+    Where there is no room, of the models that serve as references kappa alone; then of all.
+    """
+    names = list(dict.fromkeys(str(row["expert"]) for row in geometry.get("rows") or []))
+    experts = [name for name in names if name not in (geometry.get("references") or [])]
+    return _fitting([_geometry_table(geometry, console, names, whole) for whole in (names, experts, [])], console)
+
+
+def _geometry_table(geometry: Mapping[str, Any], console: Console, names: Sequence[str], whole: Sequence[str]) -> Table:
+    cells: dict[str, dict[str, str]] = {}
+    for row in geometry.get("rows") or []:
         share, null = (percent(number(row.get(key))) for key in ("share_median", "null_median"))
-        text = f"{share} ({null}) {signed(number(row.get('kappa_median')), 2)}"
-        cells.setdefault((str(row["module"]), str(row["side"])), {})[str(row["expert"])] = text
-    view = new_table("geometry", console, ["matrix", "side"], experts)
-    view.caption = "share of the update in %, (its null), kappa; medians over layers"
-    for (module, side), by_expert in cells.items():
-        line = [module, side, *(by_expert.get(expert, "–") for expert in experts)]
+        beside = f"{share} ({null}) " if row["expert"] in whole else ""
+        text = beside + signed(number(row.get("kappa_median")), 2)
+        cells.setdefault(f"{row['module']} {row['side']}", {})[str(row["expert"])] = text
+    view = new_table("geometry", console, ["matrix"], list(names))
+    view.columns[0].no_wrap = True
+    view.caption = "share of the update in %, (its null), kappa; medians over layers" if whole else "median kappa"
+    for matrix, by_expert in cells.items():
+        line = [matrix, *(by_expert.get(name, "–") for name in names)]
         view.add_row(*(signs(cell, console) for cell in line))
     return view
 

@@ -103,7 +103,9 @@ def test_rows_have_the_base_at_0_and_the_whole_at_1():
     assert rows["matrices"]["score"] == 1
     assert rows["tangent"]["low"] < rows["tangent"]["score"] < rows["tangent"]["high"]
     assert rows["tangent"]["gain_per_energy"] == pytest.approx(0.5 / 0.25, rel=0.1)
-    assert rows["base"]["gain_per_energy"] is None
+    low, gain, high = (rows["tangent"][key] for key in ("gain_low", "gain_per_energy", "gain_high"))
+    assert low < gain < high
+    assert [rows["base"][key] for key in ("gain_low", "gain_per_energy", "gain_high")] == [None] * 3
     assert rows["tangent"]["taken"] == 0.75
     assert rows["tangent"]["accuracy"] == 0.7
     assert "accuracy" not in rows["random"]

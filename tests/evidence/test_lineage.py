@@ -56,6 +56,11 @@ def test_descendants_of_any_further_step_and_order(family, step, order):
     assert (found["pairs"][0]["parent"], found["pairs"][0]["child"]) == ("math", "code")
     assert "counts math's update twice" in found["consequences"]["task_arithmetic"]
     assert "code descends from math" in found["words"]
+    own, given = (
+        sum(float((x[name] - y[name]).double().square().sum()) for name in base) ** 0.5
+        for x, y in ((experts["code"], parent), (parent, base))
+    )
+    assert f"code is math trained on, moved by {own / given:.2f} of math's update" in found["words"]
 
 
 def test_siblings_with_a_common_direction_are_not_taken_for_parent_and_child(family):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rotrl.linalg.spectrum import (
+    along_base,
     basis,
     coordinates,
     gram_basis,
@@ -77,6 +78,15 @@ def test_finite_rotations_keep_spectrum_gram_and_norm(shape, side):
     assert gram_drift(c, side=side) < 1e-12
     other = "right" if side == "left" else "left"
     assert gram_drift(c, side=other) > 0.01
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_multiple_of_the_base_explains_is_its_regression(shape):
+    W0, D = random(*shape), random(*shape, seed=1) - 0.3 * random(*shape)
+    slope = float((W0 * D).sum() / W0.square().sum())
+    explained = 1 - (D - slope * W0).square().sum() / D.square().sum()
+    assert torch.allclose(along_base(coordinates(W0, D)), explained)
+    assert along_base(coordinates(W0, -0.01 * W0)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 60), (60, 30)])

@@ -68,8 +68,20 @@ def test_all_figures_of_the_evidence_are_drawn_with_their_units(drawn):
     ]
     assert {"kappa", "rotation planted, % of the update's energy", "math"} <= shown["calibration"]
     assert {"energy of the part, % of the update's", "random directions of its planes", "code"} <= shown["parts"]
-    assert {"dose t", "KL gap to the expert closed, %"} <= shown["dose_response"]
+    assert {"dose t, share of update or angles", "KL gap to the expert closed, %"} <= shown["dose_response"]
     assert "as much energy taken out anywhere" in shown["restored"]
+
+
+def test_fused_matrices_are_drawn_by_their_names(drawn):
+    """Phi-3 stores q, k and v as one matrix, gate and up as another."""
+    record, folder = drawn
+    for name in ("geometry", "bands"):
+        path = folder / "evidence" / f"{name}.csv"
+        path.write_text(path.read_text().replace(",q,", ",qkv,").replace(",gate,", ",gate_up,"))
+    figures.draw(record, folder)
+    shown = {name: texts(folder / "figures" / f"{name}.svg") for name in ("kappa_by_layer", "angle_spectra")}
+    assert {"qkv", "gate_up", "down"} <= shown["kappa_by_layer"]
+    assert {"qkv, left", "gate_up, right"} <= shown["angle_spectra"]
 
 
 def test_no_formula_reaches_a_reader(drawn):

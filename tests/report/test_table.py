@@ -50,9 +50,24 @@ def test_no_secret_is_shown(full):
 def test_evidence_alone_shows_each_share_beside_its_null(evidence_only):
     text = printed(table.show, evidence_only[0])
     assert "siblings" in text
-    row = next(line for line in text.splitlines() if line.startswith("q       left"))
+    row = next(line for line in text.splitlines() if line.startswith("q left"))
     assert row.count("(") == 3
     assert "avg@n" not in text
+
+
+@pytest.mark.parametrize(("models", "width", "brackets"), [(2, 90, 4), (2, 80, 2), (4, 76, 0)])
+def test_where_there_is_no_room_references_and_then_all_show_kappa_alone(evidence_only, models, width, brackets):
+    """Every model keeps its kappa, and every row the name of its matrix."""
+    record = copy.deepcopy(evidence_only[0])
+    rows = [row for row in record["geometry"]["rows"] if row["expert"] == "math"]
+    names = [f"{kind}_{i}" for i in range(models) for kind in ("rl", "sft")]
+    record["geometry"]["rows"] = [row | {"expert": name} for name in names for row in rows]
+    record["geometry"]["references"] = [name for name in names if name.startswith("sft")]
+    text = printed(table.show, record, width=width)
+    row = next(line for line in text.splitlines() if line.startswith("q left"))
+    assert row.count("(") == brackets
+    assert len(row.replace("+", " ").replace("−", " ").split()) == 2 + 2 * models + 2 * brackets
+    assert "…" not in row
 
 
 def test_a_merge_alone_shows_what_was_written(merge_only):
