@@ -6,7 +6,7 @@ from typing import Any
 
 from rotrl.checkpoint.family import open_family
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.errors import CheckpointError
+from rotrl.errors import CheckpointError, ConfigError
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -44,17 +44,13 @@ def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> 
         path = snapshot_download(repo, revision=revision, allow_patterns=WEIGHT_FILES, local_files_only=not download)
     except Exception as error:  # huggingface_hub raises many kinds for "no network", "no such repo", "gated"
         last = repo.rsplit("/", 1)[-1]
-        override = f"models.{name}=DIR" if "." not in name else f"'{_dict_override(name)}'"
+        key = name if name.startswith("evidence.") else f"models.{name}"
+        override = f"'{key}=DIR'" if "." in name else f"{key}=DIR"
         raise CheckpointError(
             f"{name}: {repo} is neither in the hub's cache nor reachable ({type(error).__name__}); "
             f"give a local folder: models.root=DIR (holding {last}/) or {override}"
         ) from error
     return Path(path)
-
-
-def _dict_override(name: str) -> str:
-    group, expert = name.split(".", 1)
-    return f"models.{group}.{expert}=DIR"
 
 
 def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, dict[str, Path], dict[str, Path]]:
@@ -74,6 +70,24 @@ def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, 
     if problems:
         raise CheckpointError("; ".join(problems))
     return base, experts, controls
+
+
+def open_others(cfg: Mapping[str, Any]) -> dict[str, tuple[Checkpoint, Checkpoint]]:
+    """{name: (base, tuned)} of evidence.geometry.others: models of other bases that geometry measures beside."""
+    given, models = (cfg["evidence"].get("geometry") or {}).get("others") or {}, cfg["models"]
+    taken = {*(models.get("experts") or {}), *(models.get("controls") or {})}
+    choices = {key: cfg[key] for key in ("tokenizer_from", "vocab", "lm_head", "nonfinite")}
+    found = {}
+    for name, pair in given.items():
+        where = f"evidence.geometry.others.{name}"
+        if not isinstance(pair, Mapping) or set(pair) != {"base", "tuned"}:
+            raise ConfigError(f"{where} is {pair!r}; give {{base: DIR, tuned: DIR}}")
+        if name in taken:
+            raise ConfigError(f"{where} has the name of an expert or a control; rename it")
+        base, tuned = (locate(f"{where}.{key}", pair[key], models.get("root")) for key in ("base", "tuned"))
+        root, own = open_family(base, {name: tuned}, **choices)
+        found[name] = root, own[name]
+    return found
 
 
 def open_models(cfg: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, Checkpoint]]:

@@ -97,13 +97,15 @@ def evidence(job: Run) -> None:
         job.record.data["lineage"] = job.stages.run("lineage", models.weights, packages, find_lineage)
     if settings.get("geometry"):
         tuned = {**models.experts, **models.controls}
-        inputs = [settings["geometry"], models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
+        asked = {key: value for key, value in settings["geometry"].items() if key != "others"}
+        inputs = [asked, models.weights, {n: m.sha256 for n, m in tuned.items()}, job.cfg["seed"]]
+        inputs += [{n: [m.sha256 for m in pair] for n, pair in models.others.items()}] if models.others else []
 
         def measure(out: Path) -> dict[str, Any]:
             with job.bar("geometry") as progress:
-                stage = instantiate(settings["geometry"], _convert_="all")
-                shared = {"references": list(models.controls), "seed": job.cfg["seed"], "progress": progress}
-                return stage(models.base, tuned, out / "evidence", **shared)
+                stage = instantiate(asked, _convert_="all")
+                shared = {"references": list(models.controls), "others": models.others, "seed": job.cfg["seed"]}
+                return stage(models.base, tuned, out / "evidence", progress=progress, **shared)
 
         job.record.data["geometry"] = job.stages.run("geometry", inputs, packages, measure)
     if settings.get("function"):

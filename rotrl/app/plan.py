@@ -43,7 +43,12 @@ def _models(prepared: Prepared, console: Console) -> None:
 
     table = Table("model", "tensors", "matrices", "GB", "dtype", title="models", title_justify="left")
     table.add_column("folder", overflow="fold")
-    for name, model in {"base": prepared.base, **prepared.experts, **prepared.controls}.items():
+    others = {
+        key: model
+        for name, pair in prepared.others.items()
+        for key, model in zip((f"base of {name}", name), pair, strict=True)
+    }
+    for name, model in {"base": prepared.base, **prepared.experts, **prepared.controls, **others}.items():
         infos = model.tensors
         size = sum(_numel(info.shape) * info.dtype.itemsize for info in infos.values())
         matrices = sum(role_of(key, info.shape).is_matrix for key, info in infos.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rotrl import config
-from rotrl.app.models import open_models
+from rotrl.app.models import open_models, open_others
 from rotrl.app.stage import digest, source_digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import stands_in_a_folder
@@ -41,7 +41,8 @@ class Prepared:
     """The checked input of a run. `prompts` holds what each teacher is sampled on, if alignment needs samples.
 
     `applied` maps the labels of merges that apply what a control of the alignment learned to the control.
-    `vectors` are the experts as merges see them (app.descent), set once the lineage is known.
+    `vectors` are the experts as merges see them (app.descent), set once the lineage is known. `others` are models of
+    other bases, each with its base, for geometry alone.
     """
 
     cfg: dict[str, Any]
@@ -53,6 +54,7 @@ class Prepared:
     prompts: dict[str, Task] = field(default_factory=dict)
     applied: dict[str, str] = field(default_factory=dict)
     vectors: dict[str, Checkpoint] = field(default_factory=dict)
+    others: dict[str, tuple[Checkpoint, Checkpoint]] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -63,6 +65,7 @@ class Prepared:
         """Names the run folder: the same inputs and code give the same folder, whatever the paths are."""
         settings = {key: value for key, value in self.cfg.items() if key not in (*PRESENTATION, "models")}
         controls = {name: model.sha256 for name, model in self.controls.items()}
+        controls |= {name: [model.sha256 for model in pair] for name, pair in self.others.items()}
         settings |= {key: self.cfg["models"].get(key) for key in ("rebase", "canonicalize")}
         asked = [content_digest(task) for task in (*self.tasks, *self.prompts.values())]
         files = [file_sha256(Path(path)) for method in self.stack() for path in method.rotation_files.values()]
@@ -117,7 +120,8 @@ def prepare(cfg: dict[str, Any]) -> Prepared:
         raise ConfigError(config.unknown_key(f"models.known_as.{min(strangers)}", ["base", *experts]))
     check_rebase(cfg, experts)
     check_grams(methods)
-    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied)
+    others = open_others(cfg)
+    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied, others=others)
     check_patterns(base, prepared.stack())
     check_given(prepared)
     check_align(prepared)

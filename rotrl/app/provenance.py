@@ -37,7 +37,11 @@ def start(cfg: dict[str, Any], digest: str, models: dict[str, Any], command: str
 
 
 def models(prepared: Prepared) -> dict[str, Any]:
+    others = {
+        name: {"base": model_facts(base), **model_facts(tuned)} for name, (base, tuned) in prepared.others.items()
+    }
     return {
+        **({"others": others} if others else {}),
         "base": model_facts(prepared.base),
         "experts": {name: model_facts(model) for name, model in prepared.experts.items()},
         "controls": {name: model_facts(model) for name, model in prepared.controls.items()},

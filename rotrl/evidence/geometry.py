@@ -1,6 +1,6 @@
 """Is the update a rotation? Every measure on every matrix, beside its controls, and a verdict by stated thresholds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def geometry(
     device: str = "auto",
     batch: int | str = "auto",
     references: Sequence[str] = (),
+    others: Mapping[str, tuple[Checkpoint, Checkpoint]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures base -> each expert on all attention and MLP matrices; gives the summary and writes, below out,
@@ -49,14 +50,15 @@ def geometry(
     two_sided is the share of rotations on both sides at once, which all but 1 / max(m, n) of any update is. The
     summary holds medians with bootstrap intervals over layers, the planted fraction that would show the same kappa, and
     verdicts. Experts named in `references` (an SFT of the same base, say) are those that the others must differ from to
-    be special. Rows are kept by matrix in out/geometry.work.jsonl until all are there: a call that was killed goes on
-    from it. Raises ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
+    be special; `others` are {name: (a base of its own, the model tuned from it)}, measured alike to stand beside. Rows
+    are kept by matrix in out/geometry*.work.jsonl until all are there: a call that was killed goes on from them. Raises
+    ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
     """
     settings = Settings(seed, list(controls), list(planted), principal, dtype, list(bands))
     _check(settings, experts, references, batch)
     where = torch_device(device)
-    check_family(base, experts)
-    tables = _measured(base, experts, out, settings, where, batch, progress)
+    families = [Family(base, experts), *(Family(root, {name: tuned}) for name, (root, tuned) in (others or {}).items())]
+    tables = _measured(families, out, settings, where, batch, progress)
     rows = tables["geometry"]
     beside = {
         "bands": band_summary(tables["bands"], bands),
@@ -67,9 +69,27 @@ def geometry(
     return found | {name: [plain(row) for row in table] for name, table in beside.items()}
 
 
+class Family:
+    """A base, what was tuned from it, and the roles of their matrices. Raises CheckpointError where they don't fit."""
+
+    def __init__(self, base: Checkpoint, tuned: Mapping[str, Checkpoint]) -> None:
+        check_family(base, tuned)
+        self.base, self.tuned = base, tuned
+        self.roles = {
+            name: role for name, info in base.tensors.items() if (role := role_of(name, info.shape)).is_matrix
+        }
+        if not self.roles:
+            raise CheckpointError(
+                f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)"
+            )
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        return {name: model.sha256 for name, model in {"": self.base, **self.tuned}.items()}
+
+
 def _measured(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
+    families: Sequence[Family],
     out: Path,
     settings: Settings,
     device: str,
@@ -77,30 +97,36 @@ def _measured(
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, list[Row]]:
     """{table: rows} in the order of the tensors, written to out; what an earlier call has measured is taken over."""
-    roles = {name: role for name, info in base.tensors.items() if (role := role_of(name, info.shape)).is_matrix}
-    if not roles:
-        raise CheckpointError(f"{base.path}: no tensor is named like a matrix of attention or MLP (..._proj.weight)")
-    inputs = {name: model.sha256 for name, model in {"": base, **experts}.items()}
-    work = Work(out / "geometry.work.jsonl", [settings._asdict(), torch.device(device).type, inputs])
-    shapes = {name: base.tensors[name].shape for name in roles if name not in work.rows}
-    dtype = getattr(torch, settings.dtype)
-    for names in batches(shapes, updates=len(experts), dtype=dtype, device=device, batch=batch):
-        W0 = torch.stack([base.read(name) for name in names])
-        tuned = {expert: torch.stack([model.read(name) for name in names]) for expert, model in experts.items()}
-        for name, found in measure(W0, tuned, names, settings, device).items():
-            about = {"layer": roles[name].layer, "module": roles[name].module}
-            work.add(name, [about | row | {"table": table} for table, rows in found.items() for row in rows])
-        if progress:
-            progress(len(work.rows), len(roles))
-    tables: dict[str, list[Row]] = {name: [] for name in TABLES}
-    for name in roles:
-        for row in work.rows[name]:
+    kind, tables = torch.device(device).type, {name: [] for name in TABLES}
+    names = [out / f"geometry{i or ''}.work.jsonl" for i in range(len(families))]
+    works = [
+        Work(name, [settings._asdict(), kind, family.sha256]) for name, family in zip(names, families, strict=True)
+    ]
+    for family, work in zip(families, works, strict=True):
+        for _ in _measure(family, work, settings, device, batch):
+            if progress:
+                progress(sum(len(each.rows) for each in works), sum(len(each.roles) for each in families))
+        for row in (row for name in family.roles for row in work.rows[name]):
             tables[row["table"]].append({key: value for key, value in row.items() if key != "table"})
     for table, columns in TABLES.items():
         if tables[table]:
             write_table(out / f"{table}.csv", columns, tables[table])
-    work.path.unlink()
+    for work in works:
+        work.path.unlink()
     return tables
+
+
+def _measure(family: Family, work: Work, settings: Settings, device: str, batch: int | str) -> Iterator[Sequence[str]]:
+    """Measures what is not there yet; gives the names of every batch once its rows are kept."""
+    shapes = {name: family.base.tensors[name].shape for name in family.roles if name not in work.rows}
+    dtype = getattr(torch, settings.dtype)
+    for names in batches(shapes, updates=len(family.tuned), dtype=dtype, device=device, batch=batch):
+        W0 = torch.stack([family.base.read(name) for name in names])
+        tuned = {one: torch.stack([model.read(name) for name in names]) for one, model in family.tuned.items()}
+        for name, found in measure(W0, tuned, names, settings, device).items():
+            about = {"layer": family.roles[name].layer, "module": family.roles[name].module}
+            work.add(name, [about | row | {"table": table} for table, rows in found.items() for row in rows])
+        yield names
 
 
 def _check(settings: Settings, experts: Mapping[str, Checkpoint], references: Sequence[str], batch: int | str) -> None:

@@ -24,7 +24,8 @@ def share_vs_null(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     if not real:
         return None
     names = in_order(real, record)
-    trained = [name for name in names if name in experts(record)] or names
+    others = (record.get("models") or {}).get("others") or {}
+    trained = [name for name in names if name in experts(record) or name in others] or names
     colour = colours(trained)
     figure = Figure(figsize=(9.2, 4.9))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)

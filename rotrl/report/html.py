@@ -138,7 +138,7 @@ def _duration(seconds: float) -> str:
 def _models(record: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
     models = record.get("models") or {}
     found = [("base", "base", models["base"])] if models.get("base") else []
-    for group, role in (("experts", "expert"), ("controls", "control")):
+    for group, role in (("experts", "expert"), ("controls", "control"), ("others", "of another base")):
         found += [(name, role, model) for name, model in (models.get(group) or {}).items()]
     return found
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotrl.app.models import locate, locate_all, open_models
+from rotrl.app.models import locate, locate_all, open_models, open_others
 from rotrl.app.provenance import model_facts
 from rotrl.checkpoint.reader import open_checkpoint
-from rotrl.errors import CheckpointError
+from rotrl.errors import CheckpointError, RotrlError
 from rotrl.zoo import zoo_path
 
 
@@ -70,3 +70,28 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(tmp_path: Path) -> None:
     assert found["repository"] == "org/model"
     assert found["revision"] == "0123abcd"
     assert "revision" not in model_facts(open_checkpoint(zoo_path("base")))
+
+
+def other_pairs(**pairs):
+    cfg = {"models": {"experts": {"math": "x"}}, "evidence": {"geometry": {"others": pairs}}}
+    return cfg | {"tokenizer_from": None, "vocab": "error", "lm_head": "error", "nonfinite": "error"}
+
+
+def test_a_model_of_another_base_comes_with_its_base() -> None:
+    pair = {"base": str(zoo_path("math")), "tuned": str(zoo_path("code"))}
+    base, tuned = open_others(other_pairs(dapo=pair))["dapo"]
+    assert (base.path, tuned.path) == (zoo_path("math"), zoo_path("code"))
+    assert open_others(other_pairs() | {"evidence": {"lineage": True}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"dapo": {"base": "DIR"}}, r"evidence.geometry.others.dapo is {'base': 'DIR'}; give {base: DIR, tuned: DIR}"),
+        ({"math": {"base": "a", "tuned": "b"}}, "others.math has the name of an expert or a control; rename it"),
+        ({"dapo": {"base": "/absent", "tuned": "b"}}, "evidence.geometry.others.dapo.base: no folder '/absent'"),
+    ],
+)
+def test_wrong_pairs_of_other_bases_are_one_line(pairs, message) -> None:
+    with pytest.raises(RotrlError, match=message):
+        open_others(other_pairs(**pairs))

@@ -137,6 +137,30 @@ def test_a_killed_measurement_goes_on_and_gives_the_same_table(family, base, mon
         assert path.read_bytes() == (family.folder / "whole" / path.name).read_bytes()
 
 
+def test_a_model_of_another_base_stands_beside_with_the_rows_that_it_has_alone(family, base):
+    root = family.matrices(family.weights(7), flat)
+    states = {"base": base, "rl": family.moved(base, 1), "root": root, "other": family.matrices(root, rotated)}
+    saved = {name: family.save(name, state) for name, state in states.items()}
+    pair, options = (saved["root"], saved["other"]), {"controls": ["isotropic"], "planted": [0.3], "bootstrap": 10}
+    seen = []
+    found = geometry(
+        saved["base"],
+        {"rl": saved["rl"]},
+        family.folder / "out",
+        others={"other": pair},
+        progress=lambda *x: seen.append(x),
+        **options,
+    )
+    geometry(pair[0], {"other": pair[1]}, family.folder / "alone", **options)
+    with (family.folder / "alone" / "geometry.csv").open() as file:
+        assert list(csv.DictReader(file)) == [row for row in table(family) if row["expert"] == "other"]
+    assert found["experts"]["other"]["verdict"] == "rotation"
+    assert found["verdict"].startswith("Rotation in other, not shown in rl")
+    assert found["pairs"] == []
+    assert seen[-1] == (56, 56)
+    assert not list((family.folder / "out").glob("*.jsonl"))
+
+
 def test_matrices_have_the_same_rows_in_any_batch(family, base):
     """Seven shapes of four layers each, one matrix unmoved; draws belong to the tensor and not to its place."""
     still = "model.layers.1.mlp.up_proj.weight"
