@@ -11,7 +11,7 @@ from rich.console import Console
 from rotrl.app import descent, provenance
 from rotrl.app.accuracy import accuracy_of
 from rotrl.app.job import Run
-from rotrl.app.prepare import Prepared, check_evaluation, check_fit, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, check_evidence, check_fit, prepare
 from rotrl.app.run_folder import anchored, done_before, finish, settle
 from rotrl.app.samples import free_gpu, grams, rollouts
 from rotrl.app.stage import Stages, digest
@@ -30,6 +30,7 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
     if done_before(record, prepared.digest, cfg, console):
         return record.data
     check_evaluation(prepared)
+    check_evidence(prepared)
     check_fit(prepared)
     check_targets(prepared, folder)
     settle(cfg, prepared.digest, prepared.weights, folder, record.data)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rotrl.app import descent
 from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, check_evaluation, check_fit, methods_of, prepare
+from rotrl.app.prepare import Prepared, check_evaluation, check_evidence, check_fit, methods_of, prepare
 from rotrl.errors import RotrlError
 
 
@@ -29,6 +29,7 @@ def show_plan(cfg: dict[str, Any]) -> None:
         return
     prepared = prepare(cfg)
     check_evaluation(prepared)
+    check_evidence(prepared)
     check_fit(prepared)
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)

@@ -1,6 +1,7 @@
 """Everything that can be wrong with the input is found here, before a byte is written."""
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,6 +201,20 @@ def check_given(prepared: Prepared) -> None:
     derived = prepared.cfg["models"].get("rebase") or prepared.cfg["models"].get("canonicalize")
     for method in prepared.stack():
         open_given(method.rotation_files, prepared.base, {} if derived else prepared.experts)
+
+
+def check_evidence(prepared: Prepared) -> None:
+    """Settings that a stage of the evidence would refuse are found now, not after hours. Imports the stages."""
+    from importlib import import_module
+
+    from hydra.utils import instantiate
+
+    for name in ("geometry", "function"):
+        if chosen := prepared.cfg["evidence"].get(name):
+            stage = instantiate({k: v for k, v in chosen.items() if k not in ("samples", "others")}, _convert_="all")
+            given = inspect.signature(stage.func).bind_partial(**stage.keywords)
+            given.apply_defaults()
+            import_module(stage.func.__module__).check(given.arguments)
 
 
 def check_fit(prepared: Prepared) -> None:

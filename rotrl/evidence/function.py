@@ -69,8 +69,10 @@ def function(
     `score(expert, part, folder, sha256)` gives the columns ACCURACY of one variant; each is written, scored, removed.
     Parts that are done are kept in out/function.work.jsonl until all are. Raises ConfigError, CheckpointError.
     """
+    check({"side": side, "draws": draws, "swaps": swaps, "restore": restore, "doses": doses, "tight": tight})
+    if accuracy and score is None:
+        raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")
     parts = named_parts(side, draws, swaps, restore, doses)
-    _check(tight, accuracy, score)
     check_family(base, experts)
     given = load_rollouts(experts, rollouts, max_tokens=max_tokens)
     samples = {name: _chosen(found, problems, seed) for name, found in given.items()}
@@ -182,8 +184,8 @@ def _chosen(rollouts: list[Rollout], problems: int | None, seed: int) -> list[Ro
     return [rollout for rollout in rollouts if rollout.problem in kept]
 
 
-def _check(tight: float, accuracy: bool, score: Score | None) -> None:
-    if tight <= 0:
-        raise ConfigError(f"evidence.function.tight: {tight}; give a width above 0")
-    if accuracy and score is None:
-        raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")
+def check(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError on keywords of `function` that it can't follow."""
+    named_parts(*(given[key] for key in ("side", "draws", "swaps", "restore", "doses")))
+    if given["tight"] <= 0:
+        raise ConfigError(f"evidence.function.tight: {given['tight']}; give a width above 0")

@@ -55,7 +55,9 @@ def geometry(
     ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
     """
     settings = Settings(seed, list(controls), list(planted), principal, dtype, list(bands))
-    _check(settings, experts, references, batch)
+    check({**settings._asdict(), "batch": batch})
+    if unknown := [name for name in references if name not in experts]:
+        raise ConfigError(f"references: no model {unknown[0]!r}; one of: {', '.join(experts)}")
     where = torch_device(device)
     families = [Family(base, experts), *(Family(root, {name: tuned}) for name, (root, tuned) in (others or {}).items())]
     tables = _measured(families, out, settings, where, batch, progress)
@@ -129,20 +131,20 @@ def _measure(family: Family, work: Work, settings: Settings, device: str, batch:
         yield names
 
 
-def _check(settings: Settings, experts: Mapping[str, Checkpoint], references: Sequence[str], batch: int | str) -> None:
-    check_controls(settings.controls)
-    if settings.dtype not in ("float64", "float32"):
-        raise ConfigError(f"evidence.geometry.dtype: {settings.dtype!r} is not float64 or float32")
-    if outside := [fraction for fraction in settings.planted if not 0 <= fraction <= 1]:
+def check(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError on keywords of `geometry` that it can't follow."""
+    check_controls(given["controls"])
+    bands, batch = list(given["bands"]), given["batch"]
+    if given["dtype"] not in ("float64", "float32"):
+        raise ConfigError(f"evidence.geometry.dtype: {given['dtype']!r} is not float64 or float32")
+    if outside := [fraction for fraction in given["planted"] if not 0 <= fraction <= 1]:
         raise ConfigError(f"evidence.geometry.planted: {outside[0]} is not a fraction; give values from 0 to 1")
-    if not 0 < settings.principal <= 1:
-        raise ConfigError(f"evidence.geometry.principal: {settings.principal} is not a share; give a value in (0, 1]")
-    if settings.bands != sorted({edge for edge in settings.bands if 0 < edge < 1}):
-        raise ConfigError(f"evidence.geometry.bands: {settings.bands} are no rising edges between 0 and 1")
+    if not 0 < given["principal"] <= 1:
+        raise ConfigError(f"evidence.geometry.principal: {given['principal']} is not a share; give a value in (0, 1]")
+    if bands != sorted({edge for edge in bands if 0 < edge < 1}):
+        raise ConfigError(f"evidence.geometry.bands: {bands} are no rising edges between 0 and 1")
     if batch != "auto" and not (isinstance(batch, int) and batch > 0):
         raise ConfigError(f"evidence.geometry.batch: {batch!r} is not auto or a number of matrices")
-    if unknown := [name for name in references if name not in experts]:
-        raise ConfigError(f"references: no model {unknown[0]!r}; one of: {', '.join(experts)}")
 
 
 def torch_device(chosen: str) -> str:
