@@ -11,7 +11,7 @@ from rotrl.align.models import load_models
 from rotrl.align.module import LogitAlignment
 from rotrl.align.results import write_results
 from rotrl.align.source import pose, refuse_reflections
-from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, quiet, threads_for
+from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, one_device, quiet, threads_for
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError
 
@@ -59,7 +59,7 @@ def procrustes(
     if rollouts:
         everything = load_rollouts(problem.teachers, rollouts, max_tokens=max_tokens)
         with quiet(), threads_for(problem.matrices):
-            engine = make_trainer(trainer, out)
+            engine = make_trainer(one_device(trainer), out)
             module = LogitAlignment(
                 family,
                 *load_models(base, problem, frozen_dtype(trainer)),

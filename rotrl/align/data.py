@@ -14,7 +14,7 @@ from rotrl.errors import ConfigError
 
 WINDOW = 8  # batches that are sorted by length together: little padding, yet every epoch has other batches
 
-Batch = dict[str, dict[str, Tensor]]  # teacher -> {"ids", "predicts"}, see `collate`
+Batch = dict[str, dict[str, Tensor]]  # teacher -> {"ids", "predicts", "count"}, see `collate`
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,42 @@ def split(
     return learn, kept
 
 
-def collate(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-    """ids (sequences, length), padded on the right with 0, and predicts (same shape): is the NEXT token a sampled one.
+def collate(rollouts: Sequence[Rollout], rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+    """ids (sequences, length), padded on the right with 0, predicts (same shape): is the NEXT token a sampled one, and
+    count: the sampled tokens of all rollouts over the number of ranks, so that what each rank sums over its own tokens
+    and divides by `count` is in the mean over ranks the mean over all tokens.
 
-    A causal model never looks at what stands to its right, so padding needs no attention mask.
+    A rank has each `ranks`-th rollout; where none is left for it, one that predicts nothing. A causal model never
+    looks at what stands to its right, so padding needs no attention mask.
     """
-    ids = torch.zeros(len(rollouts), max(map(len, rollouts)), dtype=torch.long)
+    own = rollouts[rank::ranks]
+    shown = own or rollouts[:1]
+    ids = torch.zeros(len(shown), max(map(len, shown)), dtype=torch.long)
     predicts = torch.zeros_like(ids, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
+    for row, rollout in enumerate(shown):
         ids[row, : len(rollout)] = torch.tensor(rollout.prompt + rollout.completion)
-        predicts[row, len(rollout.prompt) - 1 : len(rollout) - 1] = True
-    return {"ids": ids, "predicts": predicts}
+        predicts[row, len(rollout.prompt) - 1 : len(rollout) - 1] = bool(own)
+    sampled = sum(len(rollout.completion) for rollout in rollouts)
+    return {"ids": ids, "predicts": predicts, "count": torch.tensor(sampled / ranks)}
 
 
 class TrainBatches:
-    """One batch of every teacher per step. The batch of a step follows from seed and step alone, so that a resumed
-    run sees what an uninterrupted one sees; Lightning keeps the position through state_dict."""
+    """One batch of every teacher per step, or a rank's share of it. The batch of a step follows from seed and step
+    alone, so that a resumed run sees what an uninterrupted one sees; Lightning keeps the position through state_dict.
+    """
 
-    def __init__(self, rollouts: Mapping[str, Sequence[Rollout]], *, batch: int, steps: int, seed: int):
+    def __init__(
+        self,
+        rollouts: Mapping[str, Sequence[Rollout]],
+        *,
+        batch: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.rollouts, self.batch, self.steps, self.seed = dict(rollouts), batch, steps, seed
+        self.rank, self.ranks = rank, ranks
         self.position = 0
 
     def __len__(self) -> int:
@@ -122,7 +139,7 @@ class TrainBatches:
 
     def at(self, step: int) -> Batch:
         """The batch of `step`."""
-        return {name: collate(self._choose(name, step)) for name in self.rollouts}
+        return {name: collate(self._choose(name, step), self.rank, self.ranks) for name in self.rollouts}
 
     def _choose(self, name: str, step: int) -> list[Rollout]:
         rollouts = self.rollouts[name]

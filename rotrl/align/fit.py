@@ -4,6 +4,7 @@ All share one objective, data, start and budget (`learn`) and differ in nothing 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from rotrl.align.deltas import Directions, Free, LowRank
 from rotrl.align.family import Family
 from rotrl.align.frames import stiefel_family
-from rotrl.align.learn import Build, learn
+from rotrl.align.learn import learn
 from rotrl.align.low_rank import LowRankTurns
-from rotrl.align.parametrization import CayleyTurns, Turns
+from rotrl.align.parametrization import CayleyTurns
 from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
@@ -43,7 +44,7 @@ def stiefel(
     """
     turns = {"side": side, "block": block, "share": share}
     hyper = turns | {"init": init, "anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    return learn(base, experts, out, "stiefel", _turns(stiefel_family, **turns), hyper, **shared)
+    return learn(base, experts, out, "stiefel", partial(_plain, kind=stiefel_family, **turns), hyper, **shared)
 
 
 def cayley(
@@ -62,7 +63,7 @@ def cayley(
     """The rotations of `stiefel` as Cayley transforms of free skew matrices, by Adam. arXiv 2306.07280 (OFT)."""
     turns = {"side": side, "block": block, "share": share}
     hyper = turns | {"anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    return learn(base, experts, out, "cayley", _turns(CayleyTurns, **turns), hyper, **shared)
+    return learn(base, experts, out, "cayley", partial(_plain, kind=CayleyTurns, **turns), hyper, **shared)
 
 
 def low_rank(
@@ -82,7 +83,7 @@ def low_rank(
     """Rotations `exp(A B^T - B A^T)` that turn at most `2 rank` dimensions, by Adam."""
     turns = {"side": side, "share": share, "rank": rank}
     hyper = turns | {"anchor": anchor, "lr": lr, "angle_prior": angle_prior}
-    build = _turns(LowRankTurns, **turns, seed=seed)
+    build = partial(_plain, kind=LowRankTurns, **turns, seed=seed)
     return learn(base, experts, out, "low_rank", build, hyper, seed=seed, **shared)
 
 
@@ -97,10 +98,7 @@ def lora(
     **shared: Any,
 ) -> dict[str, Any]:
     """`W + B A` of `rank` for every linear map: the control of rotations with as few parameters."""
-
-    def build(problem: Problem, models: Mapping[str, Checkpoint]) -> Family:
-        return LowRank(problem.matrices, rank=rank, seed=seed)
-
+    build = partial(_plain, kind=LowRank, rank=rank, seed=seed)
     return learn(base, experts, out, "lora", build, {"rank": rank, "lr": lr}, seed=seed, **shared)
 
 
@@ -108,7 +106,7 @@ def free(
     base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 2e-4, **shared: Any
 ) -> dict[str, Any]:
     """Every entry of every linear map learns: distillation without a constraint."""
-    return learn(base, experts, out, "free", lambda problem, models: Free(problem.matrices), {"lr": lr}, **shared)
+    return learn(base, experts, out, "free", partial(_plain, kind=Free), {"lr": lr}, **shared)
 
 
 def coefficients(
@@ -118,11 +116,7 @@ def coefficients(
 
     The scalars stand in align.csv, beside what the source holds of each expert already.
     """
-
-    def build(problem: Problem, models: Mapping[str, Checkpoint]) -> Family:
-        return Directions(problem.matrices, _task_vectors(problem, models))
-
-    return learn(base, experts, out, "coefficients", build, {"lr": lr}, **shared)
+    return learn(base, experts, out, "coefficients", _coefficients, {"lr": lr}, **shared)
 
 
 def split(
@@ -139,22 +133,29 @@ def split(
     P_T projects on the first-order rotations of the base's weight (split task arithmetic). Where alpha and beta come
     out alike the rotation is nothing special.
     """
-
-    def build(problem: Problem, models: Mapping[str, Checkpoint]) -> Family:
-        alpha, beta = {}, {}
-        vectors = _task_vectors(problem, models)
-        for name, matrix in problem.matrices.items():
-            d = torch.stack([vector[name] for vector in vectors.values()]).sum(0).double()
-            acts = side_of(matrix.shape, side)
-            alpha[name] = tangent_projection(models["base"].read(name).double(), d, side=acts)  # type: ignore[arg-type]
-            beta[name] = d - alpha[name]
-        return Directions(problem.matrices, {"alpha": alpha, "beta": beta})
-
-    return learn(base, experts, out, "split", build, {"side": side, "lr": lr}, **shared)
+    return learn(base, experts, out, "split", partial(_split, side=side), {"side": side, "lr": lr}, **shared)
 
 
-def _turns(kind: Callable[..., Turns], **hyper: Any) -> Build:
-    return lambda problem, models: kind(problem.matrices, **hyper)
+# What makes the families of a problem: at the top of the module, where other processes find it by name.
+
+
+def _plain(problem: Problem, models: Mapping[str, Checkpoint], *, kind: Callable[..., Family], **hyper: Any) -> Family:
+    return kind(problem.matrices, **hyper)
+
+
+def _coefficients(problem: Problem, models: Mapping[str, Checkpoint]) -> Family:
+    return Directions(problem.matrices, _task_vectors(problem, models))
+
+
+def _split(problem: Problem, models: Mapping[str, Checkpoint], *, side: str) -> Family:
+    alpha, beta = {}, {}
+    vectors = _task_vectors(problem, models)
+    for name, matrix in problem.matrices.items():
+        d = torch.stack([vector[name] for vector in vectors.values()]).sum(0).double()
+        acts = side_of(matrix.shape, side)
+        alpha[name] = tangent_projection(models["base"].read(name).double(), d, side=acts)  # type: ignore[arg-type]
+        beta[name] = d - alpha[name]
+    return Directions(problem.matrices, {"alpha": alpha, "beta": beta})
 
 
 def _task_vectors(problem: Problem, models: Mapping[str, Checkpoint]) -> dict[str, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from rotrl.align.family import Family
 from rotrl.align.models import load_models, recompute_layers
 from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations, Term, Turns
+from rotrl.align.ranks import in_ranks, is_rank
 from rotrl.align.results import write_results
 from rotrl.align.sharing import SHARES, SIDES
 from rotrl.align.source import Problem, pose, refuse_reflections
@@ -29,7 +31,9 @@ OBJECTIVES: dict[str, type[LogitAlignment]] = {
     "activation": ActivationAlignment,
     "weight": WeightAlignment,
 }
-WHERE = ("accelerator", "devices", "enable_progress_bar")  # of the trainer: may change between a run and its resumption
+# Of the trainer: may change between a run and its resumption.
+WHERE = ("accelerator", "devices", "strategy", "num_nodes", "enable_progress_bar")
+NOT_ASKED = ("base", "experts", "vectors", "out", "build", "hyper")
 
 
 class Build(Protocol):
@@ -85,12 +89,14 @@ def learn(
     and the Procrustes rotations remove. ConfigError for absent or malformed rollouts and when what is resumed was
     asked for differently, NumericsError for gradients that stay NaN.
     """
-    passed = {
-        key: value for key, value in locals().items() if key not in ("base", "experts", "vectors", "out", "progress")
-    }
-    asked = {key: value for key, value in passed.items() if key not in ("build", "hyper")} | hyper
+    passed = {key: value for key, value in locals().items() if key != "progress"}
+    asked = {key: value for key, value in passed.items() if key not in NOT_ASKED} | hyper
     began = time.monotonic()
     check(asked, sampled=bool(rollouts))
+    with quiet():
+        count = 1 if is_rank() else make_trainer(trainer, out).num_devices
+    if count > 1:
+        return in_ranks(partial(learn, **passed), count, progress)
     models = {"base": base, **(vectors or experts)}
     problem = pose(base, experts, source=source, start=start, teachers=teachers, mix=mix, vectors=vectors)
     learnt, kept = samples(problem, asked)
@@ -98,8 +104,11 @@ def learn(
     resume = resumable(out / CHECKPOINT, identity)
     with quiet(), threads_for(problem.matrices):
         engine = make_trainer(trainer, out, steps=steps, checkpoint_every=checkpoint_every, progress=progress)
+        device, first = engine.strategy.root_device, engine.is_global_zero
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         made = build(problem, models)
-        closed = closed_form(made, problem.terms, hyper, engine)
+        closed = closed_form(made, problem.terms, hyper, engine) if first else None
         solved = made.by_tensor(closed) if isinstance(made, Turns) and closed else None
         student, frozen = load_models(base, problem, frozen_dtype(trainer))
         if gradient_checkpointing:
@@ -108,7 +117,14 @@ def learn(
             made,
             student,
             frozen,
-            train=TrainBatches(learnt, batch=batch, steps=steps * engine.accumulate_grad_batches, seed=seed),
+            train=TrainBatches(
+                learnt,
+                batch=batch,
+                steps=steps * engine.accumulate_grad_batches,
+                seed=seed,
+                rank=engine.global_rank,
+                ranks=engine.world_size,
+            ),
             heldout=heldout_batches(kept, batch=batch),
             lr=hyper["lr"],
             warmup=warmup,
@@ -120,10 +136,10 @@ def learn(
         )
         if isinstance(module, WeightAlignment):
             module.aim(problem, learnt, trainer)
-        if adapter:
+        if adapter and first:
             made.save_adapter(out / "adapter", problem.folder, adapter_block)
         before = measure(engine, module)
-        if hyper.get("init") == "procrustes":
+        if hyper.get("init") == "procrustes" and first:  # DDP gives it to the others
             if isinstance(module, ActivationAlignment):
                 closed = closed_form(made, module.terms.__getitem__, hyper, engine)
             if not closed or not isinstance(made, Rotations):
@@ -132,6 +148,8 @@ def learn(
             made.assign(closed)
         fit(engine, module, resume)
         after = measure(engine, module)
+    if not first:
+        return {}
     result = made.cpu()
     learned, details = result.export(), result.details()
     if adapter:

@@ -17,6 +17,7 @@ from rotrl.align.frames import stiefel_family
 from rotrl.align.low_rank import LowRankTurns
 from rotrl.align.objective import CHUNK
 from rotrl.align.parametrization import CayleyTurns
+from rotrl.align.ranks import devices_of
 from rotrl.align.trainer import frozen_dtype
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint
@@ -35,7 +36,8 @@ FLOAT = 4  # bytes
 def plan_memory(
     base: Checkpoint, teachers: Sequence[str], experts: Sequence[str], settings: Mapping[str, Any], trainer: Mapping
 ) -> dict[str, int]:
-    """Bytes by what they are for, of a fit with the keys of `align` and `trainer`; sequences are of `max_tokens`.
+    """Bytes on each device by what they are for, of a fit with the keys of `align` and `trainer`; sequences are of
+    `max_tokens`.
 
     An upper bound: everything that is held at some time of a step, together. Activations are what autograd keeps of
     one layer times their number, with attention that keeps no scores. ConfigError where the family can't be built.
@@ -61,7 +63,7 @@ def plan_memory(
             config = AutoConfig.from_pretrained(base.path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{base.path}: transformers can't read config.json ({error})") from error
-        shape = (settings["batch"], tokens)
+        shape = (-(-settings["batch"] // devices_of(trainer)), tokens)
         kept = activations(config, shape, dtype, recompute=settings["gradient_checkpointing"])
         planned["activations"] = len(teachers) * kept  # one backward pass goes through the batches of all
         planned["logits"] = CHUNK * (2 * dtype.itemsize + 4 * FLOAT)

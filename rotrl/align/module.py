@@ -62,6 +62,7 @@ class LogitAlignment(pl.LightningModule):
         self.validations: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}  # the family's state at the lowest of `validations`
         self.spoilt = 0  # steps in a row that were skipped
+        self.measured: dict[str, float] = {}  # by the last validation
 
     @property
     def student(self) -> PreTrainedModel:
@@ -74,11 +75,13 @@ class LogitAlignment(pl.LightningModule):
     # the objective
 
     def kl(self, name: str, batch: Mapping[str, Tensor], adapted: Mapping[str, Tensor]) -> Tensor:
-        """Mean of KL(teacher || adapted) over the sampled tokens of the batch, in nats."""
+        """Mean of KL(teacher || adapted) over the sampled tokens of the batch, in nats; of a rank's share of it, what
+        gives this in the mean over ranks."""
         with torch.no_grad():
             teacher = self.hidden(self.teachers[name], batch)
         student = self.hidden(self.student, batch, adapted)
-        return head_kl(student, head(self.student), teacher, head(self.teachers[name]))
+        heads = head(self.student), head(self.teachers[name])
+        return head_kl(student, heads[0], teacher, heads[1], count=batch["count"])
 
     def hidden(self, model: PreTrainedModel, batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None):
         """Last hidden states (tokens, hidden) where the next token is a sampled one."""
@@ -96,7 +99,7 @@ class LogitAlignment(pl.LightningModule):
         return loss
 
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss without the prior, and the figures that it is made of."""
+        """The loss without the prior, and the figures that it is made of: means over ranks are those of all."""
         adapted = self.adapted()
         kls = {name: self.kl(name, part, adapted) for name, part in batch.items()}
         loss = torch.stack([self.mix[name] * kl for name, kl in kls.items()]).sum()
@@ -119,7 +122,8 @@ class LogitAlignment(pl.LightningModule):
         """
         step, every = self.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         kept = step % every == 0 and (not self.curve or self.curve[-1]["step"] < step)  # once, if gradients accumulate
-        values = dict(figures)
+        means = self.trainer.strategy.reduce(torch.stack(list(figures.values())), reduce_op="mean")
+        values = dict(zip(figures, means.unbind(), strict=True))
         if kept or (self.trainer.loggers and (step + 1) % every == 0):
             with self.exactly():
                 values |= self.family.measures()
@@ -127,11 +131,21 @@ class LogitAlignment(pl.LightningModule):
         if kept:
             self.curve.append({"step": step, **{key: float(value) for key, value in values.items()}})
 
-    def validation_step(self, batch: Batch, _: int) -> None:
+    def validation_step(self, *_: Any) -> None:
+        self.measured = self.heldout_kl()
+
+    @torch.no_grad()
+    def heldout_kl(self) -> dict[str, float]:
+        """Mean KL of each teacher over the sampled tokens of the held-out batches, which the ranks share."""
+        sums = {name: [0.0, 0.0] for name in self.teachers}
         adapted = self.adapted()
-        for name, part in batch.items():
-            tokens = int(part["predicts"].sum())
-            self.log(f"kl_{name}", self.kl(name, part, adapted), batch_size=tokens, on_step=False, on_epoch=True)
+        for batch in self.heldout[self.trainer.global_rank :: self.trainer.world_size]:
+            for name, part in self.trainer.strategy.batch_to_device(batch).items():
+                count = float(part["count"])
+                sums[name][0] += count * float(self.kl(name, part, adapted))
+                sums[name][1] += count
+        table = self.trainer.strategy.reduce(torch.tensor(list(sums.values()), device=self.device), reduce_op="sum")
+        return {name: total / count for name, (total, count) in zip(sums, table.tolist(), strict=True)}
 
     # the early stop
 
@@ -140,18 +154,10 @@ class LogitAlignment(pl.LightningModule):
         last = self.validations[-1]["step"] if self.validations else 0
         return self.patience is not None and step % self.validate_every == 0 and step > last
 
-    @torch.no_grad()
     def look(self, step: int) -> bool:
         """Measures the held-out KL, keeps the parameters if it is the lowest, tells whether patience is at its end."""
-        sums, tokens = dict.fromkeys(self.teachers, 0.0), dict.fromkeys(self.teachers, 0)
         with self.trainer.precision_plugin.val_step_context():
-            adapted = self.adapted()
-            for batch in self.heldout:
-                for name, part in self.trainer.strategy.batch_to_device(batch).items():
-                    count = int(part["predicts"].sum())
-                    sums[name] += count * float(self.kl(name, part, adapted))
-                    tokens[name] += count
-        row = {"step": step, **{f"kl_{name}": sums[name] / tokens[name] for name in sums}}
+            row = {"step": step, **{f"kl_{name}": kl for name, kl in self.heldout_kl().items()}}
         if self.mean_kl(row) < min((self.mean_kl(each) for each in self.validations), default=math.inf):
             self.best = {key: value.cpu().clone() for key, value in self.family.state_dict().items()}
         self.validations.append(row)
@@ -163,7 +169,8 @@ class LogitAlignment(pl.LightningModule):
         mean = sum(weight * row[f"kl_{name}"] for name, weight in self.mix.items())
         return mean if math.isfinite(mean) else math.inf
 
-    def on_train_end(self) -> None:
+    def take_best(self) -> None:
+        """Where the fit was watched; not a hook, for Lightning calls none where the checkpoint is that of the end."""
         if self.best:
             self.family.load_state_dict(self.best)
 
@@ -208,7 +215,7 @@ class LogitAlignment(pl.LightningModule):
         return self.train_batches
 
     def val_dataloader(self):
-        return DataLoader(self.heldout, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(range(1), batch_size=None)  # type: ignore[arg-type]  # one step goes through all batches
 
     def on_fit_start(self) -> None:
         self.move()

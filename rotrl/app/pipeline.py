@@ -8,6 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 from rich.console import Console
 
+from rotrl.align.ranks import slurm_tasks
 from rotrl.app import descent, provenance
 from rotrl.app.accuracy import accuracy_of
 from rotrl.app.job import Run
@@ -17,6 +18,7 @@ from rotrl.app.samples import free_gpu, grams, rollouts
 from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import on_disk
+from rotrl.errors import ConfigError
 from rotrl.merge.target import check_target
 from rotrl.report.record import Record
 
@@ -24,6 +26,11 @@ from rotrl.report.record import Record
 def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]:
     """Runs or continues a run; gives its record. Raises RotrlError on bad input before anything is written."""
     console = Console()
+    if (tasks := slurm_tasks()) > 1:
+        raise ConfigError(
+            f"{tasks} Slurm tasks would run every stage {tasks} times; start one (hydra.launcher.tasks_per_node=1): it "
+            "shares a fit among its devices by trainer.devices"
+        )
     prepared = prepare(cfg)
     folder = given or Path("outputs") / cfg["name"] / prepared.digest[:12]
     record = Record(folder / "record.json")

@@ -218,15 +218,17 @@ def check_evidence(prepared: Prepared) -> None:
 
 
 def check_fit(prepared: Prepared) -> None:
-    """Choices of the alignment that there are not, and a family that can't be built in the shapes of the models, are
-    found now. Imports the stage."""
+    """Choices of the alignment or its trainer that there are not, and a family that can't be built in the shapes of the
+    models, are found now. Imports the stage."""
     align = prepared.cfg["align"]
     if not align:
         return
     from rotrl.align.learn import check
     from rotrl.align.memory import paper_family
+    from rotrl.align.trainer import check_settings
 
     check(align, sampled=bool(align.get("samples")))
+    check_settings(prepared.cfg["trainer"])
     if "steps" in align:
         paper_family(prepared.base, list(prepared.experts), align)
 

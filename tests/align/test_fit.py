@@ -249,7 +249,13 @@ def test_another_configuration_is_not_continued(call, tmp_path: Path):
         ({"trainer": {"strategy": "fsdp"}}, "trainer.strategy='fsdp' shards parameters"),
         ({"trainer": {"precision": "16-true"}}, "trainer.precision='16-true': rotations need float32"),
         ({"trainer": {"accelerator": "abacus"}}, "trainer: .*abacus"),
-        ({"trainer": {"accelerator": "cpu", "devices": 2}}, "trainer.devices=2: align runs on one device"),
+        ({"trainer": {"strategy": "ddp"}}, "trainer.strategy='ddp'; one of: auto, ddp_spawn"),
+        ({"trainer": {"num_nodes": 2}}, "trainer.num_nodes=2: one node's devices are used; set trainer.devices"),
+        (
+            {"trainer": {"max_steps": 3, "strategy": "deepspeed"}},
+            "trainer.max_steps is set .*; trainer.strategy='deeps",
+        ),
+        ({"trainer": {"accelerator": "cpu", "devices": "both"}}, "trainer.devices='both'; give a number"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(call, tmp_path: Path, changes: dict, message: str):

@@ -48,7 +48,7 @@ def naive_kl(module: LogitAlignment, name: str, weights: dict[str, Tensor]) -> f
     student, teacher = copy.deepcopy(module.student), module.teachers[name]
     student.load_state_dict(weights, strict=False)
     values = []
-    for ids, predicts in zip(*batch_of(module)[name].values(), strict=True):
+    for ids, predicts in zip(*(batch_of(module)[name][key] for key in ("ids", "predicts")), strict=True):
         last = int(predicts.nonzero().max()) + 2
         with torch.no_grad():
             q, p = (model(ids[None, :last]).logits[0].double().softmax(-1) for model in (student, teacher))
