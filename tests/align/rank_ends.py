@@ -16,9 +16,8 @@ def end(how: str, folder: Path, progress: Callable | None) -> dict:
         time.sleep(60)
     if how == "told":
         raise NumericsError("the gradient was NaN")
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise ZeroDivisionError("a bug")
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
 
 
 def tell(folder: Path, progress: Callable | None) -> dict:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rotrl.align.data import TrainBatches, load_rollouts
 from rotrl.align.fit import stiefel
-from rotrl.align.manifold import Stiefel
+from rotrl.align.manifold import DRIFT, Stiefel
 from rotrl.align.models import load_models, recompute_layers
 from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations
@@ -104,13 +104,28 @@ def test_an_early_stop_survives_an_interruption(call, tmp_path: Path):
     assert largest_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
 
 
-@pytest.mark.parametrize(("size", "products"), [(1e-3, 1), (0.05, 2), (0.8, 3)])
-def test_the_retraction_takes_no_more_steps_than_it_needs(monkeypatch, size: float, products: int):
+@pytest.mark.parametrize(("size", "steps"), [(1e-3, 0), (0.05, 0), (0.8, 2), (40.0, 1)])
+def test_the_retraction_mends_no_more_than_it_has_to(monkeypatch, size: float, steps: int):
+    """Small steps leave nothing that has to be mended, large ones take two, and a huge one is mended by SVD at once."""
     a = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     a = a - a.mT
     a = a * size / torch.linalg.matrix_norm(a)[:, None, None]
     norm, calls = torch.linalg.matrix_norm, []
     monkeypatch.setattr(torch.linalg, "matrix_norm", lambda error: calls.append(1) or norm(error))
     y = Stiefel().retr(exp(a.double()).float(), a)
-    assert len(calls) == products
-    assert (y.mT @ y - torch.eye(16)).abs().max() < 1e-6
+    assert len(calls) == steps
+    assert (y.mT @ y - torch.eye(16)).abs().max() < 1e-6 + 16 * DRIFT * (steps == 0)
+
+
+def test_what_small_steps_leave_adds_up_and_is_mended():
+    """One direction all along: A^4 / 4 of a step is a fifth of what is allowed."""
+    a = torch.zeros(8, 8, dtype=torch.float64)
+    a[0, 1] = (0.8 * DRIFT) ** 0.25
+    a -= a.mT.clone()
+    x, errors = torch.eye(8, dtype=torch.float64), []
+    for _ in range(50):
+        x = Stiefel().retr(x, a)
+        errors.append(float((x.mT @ x - torch.eye(8)).abs().max()))
+    assert max(errors) < DRIFT
+    assert sum(error < DRIFT / 100 for error in errors) == 10
+    assert torch.linalg.matrix_norm(x - exp(50 * a), 2) < 50 * a.max() ** 3 / 6

@@ -125,7 +125,6 @@ def test_shares_of_a_batch_give_its_loss_and_gradient_in_the_mean(pair, batch: i
     [
         ("told", NumericsError, "^the gradient was NaN$"),
         ("killed", ConfigError, "^trainer.devices: rank 1 of 2 was ended by SIGKILL, .* the same command continues"),
-        ("bug", RuntimeError, "(?s)a rank of the fit failed\n.*ZeroDivisionError: a bug"),
     ],
 )
 @pytest.mark.slow
