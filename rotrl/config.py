@@ -27,7 +27,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     job: Any = None  # a stand-alone `_target_` (build_zoo) in place of the stages
-    merge_scale: Any = 1.0  # a number, or a rule: mean, norm, sum, retention
+    merge_scale: Any = 1.0  # a number, or a rule (merge.scale.RULES)
     dtype: str = "auto"
     rounding: str = "nearest"
     device: str = "auto"

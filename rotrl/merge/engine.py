@@ -218,7 +218,8 @@ def _write(stream: Stream, dtype: str, notes: list[str]) -> tuple[torch.dtype, M
     merger = stream.merger
     stored = _stored(merger.base) if dtype == "auto" else _dtype(dtype)
     if dtype == "auto" and stored.itemsize == 2:
-        probes = merger.acted[:: math.ceil(len(merger.acted) / PROBES)]
+        judged = [name for name in merger.acted if not merger.in_span(name)] or merger.acted
+        probes = judged[:: math.ceil(len(judged) / PROBES)]
         loss = stream.loss(probes, stored)
         if loss < LOSS_LIMIT:
             measure, sha256, files = stream.write(stored)

@@ -83,8 +83,8 @@ class Merger:
 
     def in_span(self, name: str) -> bool:
         """Whether rows are merged that take as much work as whole matrices do."""
-        role, dims = self.roles[name], len(self.base.tensors[name].shape)
-        return self.method.acts_on(role, dims) and self.method.kind == "equivariant"
+        acts = self.method.acts_on(self.roles[name], len(self.base.tensors[name].shape))
+        return acts and self.method.kind == "equivariant" and self.rows(name) is not None
 
     def prepare(self, device: str = "cpu") -> None:
         """Makes the first passes that the method and those below it need, on this device."""

@@ -79,6 +79,7 @@ class Stream:
 
     def loss(self, names: Sequence[str], dtype: torch.dtype) -> float:
         """The share of the update of these tensors that storing them in `dtype` loses."""
+        self.merger.prepare(self.devices[0])
         total = Measure(list(self.merger.experts))
         for name in names:
             for _ in self._measured(name, dtype, total, self.devices[0]):

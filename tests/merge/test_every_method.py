@@ -1,5 +1,6 @@
 """What holds for every shipped method: the order of experts, scope, parameters by depth and by module."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from rotrl.checkpoint.rotations import Rotation, save_rotations
 from rotrl.checkpoint.writer import write_json, write_weights
 from rotrl.errors import ConfigError, NumericsError
 from rotrl.linalg.rotation import exp
+from rotrl.merge import chunks
 from rotrl.merge.engine import merge, merge_state
+from rotrl.merge.merger import Merger
 from rotrl.merge.method import bind
 
 METHODS = sorted(
@@ -78,6 +81,26 @@ def test_what_reads_a_stage_streams_as_it_merges_in_memory(name, trio, method, o
         written = open_checkpoint(tmp_path / f"out{size}")
         for tensor, expected in state.items():
             assert torch.equal(written.read(tensor), expected), tensor
+
+
+def test_learned_begins_at_the_very_start_that_was_aligned(trio, shipped, method, tmp_path, monkeypatch):
+    """Also where the start draws by pieces; what has no rotation is not held whole."""
+    monkeypatch.setattr(chunks, "ENTRIES", 100)
+    start, name = shipped("dare_ties"), "model.layers.0.self_attn.q_proj.weight"
+    skew = torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turned = Rotation(right=exp(0.1 * (skew - skew.T)).float())
+    save_rotations(tmp_path / "r.safetensors", {name: turned}, {"source": json.dumps({"merge": start})})
+    aligned = merge_state(*trio, bind(start, ["math", "code"]))
+    for scope in ("all", "matrices"):
+        merger = Merger(*trio, method("learned", scope=scope), tmp_path / "r.safetensors")
+        for tensor, expected in aligned.items():
+            merged = torch.cat([part for _, _, part in merger.parts(tensor)])
+            if tensor == name:
+                assert merger.rows(tensor) is None
+                torch.testing.assert_close(merged, turned.apply(expected))
+            elif scope == "all" or role_of(tensor, expected.shape).is_matrix:
+                assert expected.ndim < 2 or merger.rows(tensor) is not None
+                assert torch.equal(merged, expected)
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - ORDERED - DRAWN))
