@@ -16,7 +16,7 @@ from rotrl.errors import NumericsError
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.summary import Pieces
 
-TALL = 16  # rows over columns: more than any matrix of attention or MLP has, fewer than any embedding
+TALL = 6  # rows over columns from which on the basis of a few experts is lower than the matrix: that of embeddings
 ROWS = 2048  # of a product of float64 at a time
 INDEPENDENT = 1e-4  # least part of a column beside those before it, above which Cholesky's factor has enough digits
 
