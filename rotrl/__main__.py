@@ -10,6 +10,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from rotrl import config
+from rotrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,6 +46,10 @@ def _main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the mapping below is the only one
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interruption like Ctrl-C
     config.register()
+    try:
+        sys.argv[1:] = config.flags_first(sys.argv[1:])
+    except ConfigError as error:
+        return explain(error)
     run = hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="config")(task)
     try:
         run()

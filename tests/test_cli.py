@@ -70,7 +70,7 @@ except SystemExit:
         ([*QUIET, "merge=ties", "models.base=/absent/model"], ["base", "/absent/model"]),
         (["+align.stepz=3"], ["align.stepz", "steps"]),
         (["+evidence.geometry.bootstrp=3"], ["evidence.geometry.bootstrp", "bootstrap"]),
-        (["evidence=full", "evidence.function.side=both"], ["evidence.function.side", "small, left or right"]),
+        (["evidence=full", "evidence.function.side=both"], ["evidence.function.side", "one of small, left, right"]),
         (["merge=geodesic_aligned"], ["geodesic_aligned", "align.source=math"]),
         (["models=custom", *QUIET, "merge=none"], ["models.base"]),
         (["models=custom", "models.base=x"], ["models.experts is empty", "merge=none"]),

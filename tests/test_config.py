@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -103,11 +104,19 @@ def test_a_bug_is_not_taken_for_the_users_mistake() -> None:
     assert config.user_error(ZeroDivisionError("x"), []) is None
 
 
+def test_memory_that_runs_out_is_no_bug() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    said = config.user_error(caught.value, [])
+    assert said is not None
+    assert said.startswith("memory ran out (")
+
+
 def test_conf_is_found_inside_the_package_as_a_wheel_has_it(tmp_path: Path) -> None:
     package = Path(config.__file__).parent
-    (tmp_path / "rotrl").mkdir()
-    for name in ("__init__.py", "config.py", "errors.py"):
-        shutil.copy(package / name, tmp_path / "rotrl")
+    (tmp_path / "rotrl/evaluate").mkdir(parents=True)
+    for name in ("__init__.py", "config.py", "errors.py", "values.py", "evaluate/__init__.py", "evaluate/sampling.py"):
+        shutil.copy(package / name, tmp_path / "rotrl" / name)
     shutil.copytree(CONF, tmp_path / "rotrl/conf")
     script = "from rotrl import config; print(config.config_dir()); print(config.compose(['merge=ties']).merge.density)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rotrl.align.data import heldout_batches, load_rollouts
 from rotrl.align.frames import stiefel_family
@@ -14,6 +14,7 @@ from rotrl.align.source import pose, refuse_reflections
 from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, one_device, quiet, threads_for
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError
+from rotrl.values import Count, NonNegative, Positive
 
 
 def procrustes(
@@ -28,13 +29,13 @@ def procrustes(
     source: str = "base",
     start: dict[str, Any] | None = None,
     teachers: str | Sequence[str] = "all",
-    mix: Mapping[str, float] | None = None,
-    side: str = "small",
-    block: int | None = None,
-    share: str = "none",
-    anchor: float = 0.01,
-    max_tokens: int | None = None,
-    batch: int = 64,
+    mix: Mapping[str, Positive] | None = None,
+    side: Literal["small", "large", "left", "right"] = "small",
+    block: Count | None = None,
+    share: Literal["none", "layer", "residual"] = "none",
+    anchor: NonNegative = 0.01,
+    max_tokens: Count | None = None,
+    batch: Count = 64,
     vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
     """`R = argmin |S R - T|` (right) or `|R S - T|` (left) for every linear map S of the source, T the teachers' mean

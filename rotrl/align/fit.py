@@ -6,7 +6,7 @@ All share one objective, data, start and budget (`learn`) and differ in nothing 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.linalg.tangent import tangent_projection
+from rotrl.values import Count, NonNegative, Positive
 
 
 def stiefel(
@@ -28,13 +29,13 @@ def stiefel(
     experts: dict[str, Checkpoint],
     out: Path,
     *,
-    side: str = "small",
-    block: int | None = None,
-    share: str = "none",
-    init: str = "identity",
-    anchor: float = 0.01,
-    lr: float = 5e-3,
-    angle_prior: float = 3e-3,
+    side: Literal["small", "large", "left", "right", "both"] = "small",
+    block: Count | None = None,
+    share: Literal["none", "layer", "residual"] = "none",
+    init: Literal["identity", "procrustes"] = "identity",
+    anchor: NonNegative = 0.01,
+    lr: Positive = 5e-3,
+    angle_prior: NonNegative = 3e-3,
     **shared: Any,
 ) -> dict[str, Any]:
     """Rotates every linear map of the source (see `learn`) on the Stiefel manifold, by Riemannian Adam.
@@ -52,12 +53,12 @@ def cayley(
     experts: dict[str, Checkpoint],
     out: Path,
     *,
-    side: str = "small",
-    block: int | None = None,
-    share: str = "none",
-    anchor: float = 0.01,
-    lr: float = 5e-3,
-    angle_prior: float = 3e-3,
+    side: Literal["small", "large", "left", "right", "both"] = "small",
+    block: Count | None = None,
+    share: Literal["none", "layer", "residual"] = "none",
+    anchor: NonNegative = 0.01,
+    lr: Positive = 5e-3,
+    angle_prior: NonNegative = 3e-3,
     **shared: Any,
 ) -> dict[str, Any]:
     """The rotations of `stiefel` as Cayley transforms of free skew matrices, by Adam. arXiv 2306.07280 (OFT)."""
@@ -72,12 +73,12 @@ def low_rank(
     out: Path,
     *,
     seed: int,
-    side: str = "small",
-    share: str = "none",
-    rank: int = 4,
-    anchor: float = 0.01,
-    lr: float = 5e-3,
-    angle_prior: float = 3e-3,
+    side: Literal["small", "large", "left", "right", "both"] = "small",
+    share: Literal["none", "layer", "residual"] = "none",
+    rank: Count = 4,
+    anchor: NonNegative = 0.01,
+    lr: Positive = 5e-3,
+    angle_prior: NonNegative = 3e-3,
     **shared: Any,
 ) -> dict[str, Any]:
     """Rotations `exp(A B^T - B A^T)` that turn at most `2 rank` dimensions, by Adam."""
@@ -93,8 +94,8 @@ def lora(
     out: Path,
     *,
     seed: int,
-    rank: int = 4,
-    lr: float = 5e-3,
+    rank: Count = 4,
+    lr: Positive = 5e-3,
     **shared: Any,
 ) -> dict[str, Any]:
     """`W + B A` of `rank` for every linear map: the control of rotations with as few parameters."""
@@ -103,14 +104,14 @@ def lora(
 
 
 def free(
-    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 2e-4, **shared: Any
+    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: Positive = 2e-4, **shared: Any
 ) -> dict[str, Any]:
     """Every entry of every linear map learns: distillation without a constraint."""
     return learn(base, experts, out, "free", partial(_plain, kind=Free), {"lr": lr}, **shared)
 
 
 def coefficients(
-    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: float = 5e-2, **shared: Any
+    base: Checkpoint, experts: dict[str, Checkpoint], out: Path, *, lr: Positive = 5e-2, **shared: Any
 ) -> dict[str, Any]:
     """`W + sum_k c_k (W_k - W_base)`: one scalar per expert and matrix, the cheapest learned merge.
 
@@ -124,8 +125,8 @@ def split(
     experts: dict[str, Checkpoint],
     out: Path,
     *,
-    side: str = "right",
-    lr: float = 2e-2,
+    side: Literal["small", "left", "right"] = "right",
+    lr: Positive = 2e-2,
     **shared: Any,
 ) -> dict[str, Any]:
     """`W + alpha P_T d + beta (d - P_T d)`, d the sum of the task vectors: two scalars per matrix.

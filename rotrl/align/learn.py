@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_tr
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError, ConfigError
+from rotrl.values import Count, Part, Positive, Within
 
 OBJECTIVES: dict[str, type[LogitAlignment]] = {
     "logits": LogitAlignment,
@@ -57,20 +58,20 @@ def learn(
     source: str = "start",
     start: dict[str, Any] | None = None,
     teachers: str | Sequence[str] = "all",
-    mix: Mapping[str, float] | None = None,
-    objective: str = "logits",
-    steps: int = 120,
-    warmup: int = 5,
-    batch: int = 32,
-    prompts: int | None = None,
-    max_tokens: int | None = None,
-    heldout: float = 0.1,
-    patience: int | None = None,
-    validate_every: int = 20,
-    checkpoint_every: int = 20,
+    mix: Mapping[str, Positive] | None = None,
+    objective: Literal["logits", "activation", "weight"] = "logits",
+    steps: Count = 120,
+    warmup: Annotated[int, Within(0)] = 5,
+    batch: Count = 32,
+    prompts: Count | None = None,
+    max_tokens: Count | None = None,
+    heldout: Part = 0.1,
+    patience: Count | None = None,
+    validate_every: Count = 20,
+    checkpoint_every: Count = 20,
     gradient_checkpointing: bool = False,
     adapter: bool = False,
-    adapter_block: int | None = None,
+    adapter_block: Count | None = None,
     vectors: dict[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
     """Changes the linear maps of the source within a family so that the model becomes like the teachers.

@@ -73,7 +73,7 @@ def plan_memory(
 def paper_family(base: Checkpoint, experts: Sequence[str], settings: Mapping[str, Any]) -> Family:
     """The family of a configuration in the shapes of the base; ConfigError where it can't be built."""
     matrices = {name: torch.empty(info.shape, device="meta") for name, info in _matrices(base).items()}
-    name = settings["_target_"].rpartition(".")[2]
+    name = settings["_target_"].rpartition(".")[2].replace("procrustes", "stiefel")  # the same rotations
     if name in KINDS:
         kind, keys = KINDS[name]
         return kind(matrices, **{key: settings[key] for key in keys})

@@ -68,28 +68,46 @@ def pose(
     if it is given.
     """
     vectors = vectors or experts
-    names = list(experts) if teachers == "all" else [teachers] if isinstance(teachers, str) else list(teachers)
-    if unknown := [name for name in names if name not in experts]:
-        raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: all, {', '.join(experts)}")
-    if not names:
-        raise ConfigError("align.teachers is empty; give at least one expert")
-    chosen, mixed = {name: experts[name] for name in names}, shares(mix, names)
+    mixed = check_problem(list(experts), source=source, start=start, teachers=teachers, mix=mix)
+    chosen = {name: experts[name] for name in mixed}
     if source == "start":
         from rotrl.merge.engine import merge_state
         from rotrl.merge.method import bind
 
-        if not start:
-            raise ConfigError("align.source=start needs align.start, the config of a merge; or source=base")
-        spec = dict(start)
+        spec = dict(start or {})
         return Problem({"merge": spec}, merge_state(base, vectors, bind(spec, list(vectors))), chosen, mixed)
     if source == "base":
         state = {name: base.read(name) for name in base.tensors}
         return Problem({"model": "base"}, state, chosen, mixed, str(base.path))
-    if source not in experts:
-        raise ConfigError(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
     expert = vectors[source]
     state = {name: expert.read(name) for name in expert.tensors}
     return Problem({"expert": source}, state, chosen, mixed, None if expert.derived else str(expert.path))
+
+
+def check_problem(
+    experts: Sequence[str],
+    *,
+    source: str,
+    start: Mapping[str, Any] | None,
+    teachers: str | Sequence[str],
+    mix: Mapping[str, float] | None,
+) -> dict[str, float]:
+    """The shares of the teachers; ConfigError for a source, teachers or a mix that there can't be, all at once."""
+    names = list(experts) if teachers == "all" else [teachers] if isinstance(teachers, str) else list(teachers)
+    faults = [
+        f"align.teachers: no expert {name!r}; one of: all, {', '.join(experts)}"
+        for name in names
+        if name not in experts
+    ]
+    if not names:
+        faults.append("align.teachers is empty; give at least one expert")
+    if source == "start" and not start:
+        faults.append("align.source=start needs align.start, the config of a merge; or source=base")
+    if source not in ("start", "base", *experts):
+        faults.append(f"align.source={source!r}; one of: start, base, {', '.join(experts)}")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return shares(mix, names)
 
 
 def shares(mix: Mapping[str, float] | None, teachers: Sequence[str]) -> dict[str, float]:

@@ -1,127 +1,135 @@
-"""Keys and choices that nothing reads: each is an error that names the nearest one that is read."""
+"""Keys and values that no stage can use: all are told at once, each with the nearest key or what is expected."""
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_type_hints
 
 from rotrl import config
-from rotrl.checkpoint.rounding import ROUNDINGS
-from rotrl.errors import ConfigError
-from rotrl.evaluate.engine_settings import OWN, vllm_settings
+from rotrl.errors import ConfigError, RotrlError
+from rotrl.evaluate.engine_settings import engine_hints
 from rotrl.evaluate.sampling import Sampling
-from rotrl.merge.stream import devices
+from rotrl.values import Count, hint_of, value_faults
 
-Section = tuple[str, Mapping[str, Any], Sequence[str]]
-
-SAMPLING = tuple(field.name for field in fields(Sampling))
-# What a group takes beside the keys of its shipped presets.
-MORE = {"protocol": (*SAMPLING, "system", "chat_template_kwargs")}
 SANDBOX = ("rotrl.evaluate.sandbox.ladder.open_sandbox", "rotrl.evaluate.sandbox.server.Limits")
 LEARN = "rotrl.align.learn.learn"  # what a family of the learned fits does not take itself, it passes on
 GIVEN = (  # by the pipeline or by a family, not by the configuration
-    *("base", "experts", "out", "rollouts", "trainer", "seed", "progress", "vectors", "references"),
+    *("base", "experts", "out", "rollouts", "trainer", "seed", "progress", "vectors", "references", "score"),
     *("family", "build", "hyper"),
 )
+SAMPLING = get_type_hints(Sampling, include_extras=True)
+Hints = Mapping[str, Any]
 
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
-    """ConfigError that names every unknown key of every group, whether or not the run uses the group."""
-    problems = [
-        config.unknown_key(f"{where}.{key}", known)
-        for where, node, known in _sections(cfg)
-        for key in map(str, node)
-        if key not in known and not key.startswith("_")
-    ]
-    for key, choices in (("dtype", ("auto", "float32", "bfloat16", "float16")), ("rounding", ROUNDINGS)):
-        if cfg[key] not in choices:
-            problems.append(f"{key} is {cfg[key]!r}, one of {', '.join(choices)} is expected")
-    try:
-        devices(cfg["device"])
-    except ConfigError as error:
-        problems.append(str(error))
-    if problems:
+    """ConfigError that names every unknown key and every impossible value of every group, used by the run or not."""
+    if problems := list(_problems(cfg)):
         raise ConfigError("; ".join(problems))
 
 
-def check_samples(where: str, samples: Any) -> list[str]:
-    """What is wrong with how experts are sampled."""
-    if not isinstance(samples, Mapping) or not isinstance(samples.get("sampling"), Mapping):
-        return [f"{where} is {samples!r}; give {{n: 2, sampling: {{temperature, top_p, top_k, max_tokens}}}}"]
-    n = samples.get("n")
-    return [] if isinstance(n, int) and n > 0 else [f"{where}.n is {n!r}; give a number of samples, at least 1"]
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What each check gives; where some refuse, one error with all that they say."""
+    found, refused = [], []
+    for check in checks:
+        try:
+            found.append(check())
+        except RotrlError as error:
+            refused.append(error)
+        except Exception:
+            if not refused:  # else what was refused before explains it
+                raise
+    if len(refused) > 1:
+        raise type(refused[0])("; ".join(dict.fromkeys(map(str, refused))))
+    if refused:
+        raise refused[0]
+    return found
 
 
-def _sections(cfg: Mapping[str, Any]) -> Iterator[Section]:
-    for group in ("models", "evidence", "evaluation", "protocol", "logger"):
-        yield group, cfg[group] or {}, tuple(dict.fromkeys((*_shipped(group), *MORE.get(group, ()))))
-    limits = (key for target in SANDBOX for key in _parameters(target))
-    yield "evaluation.sandbox", (cfg["evaluation"] or {}).get("sandbox") or {}, tuple(limits)
-    if importlib.util.find_spec("vllm"):
-        yield "engine", cfg["engine"], sorted({*vllm_settings(), *OWN})
-    yield "trainer", cfg["trainer"], _parameters("pytorch_lightning.trainer.trainer.Trainer")
-    for group, kinds in (("models", ("experts", "controls", "prompts")), ("evaluation", ("tasks",))):
+def _problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    yield from _node("", cfg, config.hints())
+    for group in config.GROUPS:
+        yield from _node(group, cfg[group], config.hints(group))
+    evaluation, evidence, models = (_map(cfg[group]) for group in ("evaluation", "evidence", "models"))
+    yield from _node("evaluation.sandbox", evaluation.get("sandbox"), _hints(SANDBOX[0]) | _hints(SANDBOX[1]))
+    yield from _node("engine", cfg["engine"], engine_hints() if importlib.util.find_spec("vllm") else {})
+    lightning = _hints("pytorch_lightning.trainer.trainer.Trainer") | get_type_hints(
+        config.Trainer, include_extras=True
+    )
+    yield from _node("trainer", cfg["trainer"], lightning)
+    for group, kinds in ((models, ("experts", "controls", "prompts")), (evaluation, ("tasks",))):
         for kind in kinds:
-            for name, node in ((cfg[group] or {}).get(kind) or {}).items():
-                yield from _call(f"{group}.{kind}.{name}", node)
+            for name, node in _map(group.get(kind)).items():
+                yield from _call(f"{'evaluation' if group is evaluation else 'models'}.{kind}.{name}", node)
+    yield from _call("job", cfg["job"])
     for key in ("geometry", "function"):
-        yield from _stage(f"evidence.{key}", cfg["evidence"].get(key))
+        yield from _stage(f"evidence.{key}", evidence.get(key))
     yield from _stage("align", cfg["align"])
-    for label, node in ((cfg["align"] or {}).get("controls") or {}).items():
+    for label, node in _map(_map(cfg["align"]).get("controls")).items():
         yield from _stage(f"align.controls.{label}", node)
-    merges = {"merge": cfg["merge"]} if "_target_" in (cfg["merge"] or {}) else cfg["merge"] or {}
+    merges = {"merge": cfg["merge"]} if "_target_" in _map(cfg["merge"]) else _map(cfg["merge"])
     for label, node in merges.items():
-        if isinstance(node, Mapping) and isinstance(node.get("gram"), Mapping):
-            yield from _samples(f"{label}.gram", node["gram"].get("samples"))
+        yield from _samples(f"{label}.gram", _map(_map(node).get("gram")).get("samples"))
 
 
-def _stage(where: str, node: Any) -> Iterator[Section]:
+def _map(node: Any) -> Mapping[str, Any]:
+    return node if isinstance(node, Mapping) else {}
+
+
+def _node(where: str, node: Any, hints: Hints) -> Iterator[str]:
+    """The faults of a map; of a function whose parameters could not be read, none."""
+    for key, value in _map(node).items() if hints else ():
+        name = f"{where}.{key}".strip(".")
+        if key in hints:
+            yield from value_faults(name, value, hints[key])
+        elif not str(key).startswith("_"):
+            yield config.unknown_key(name, list(hints))
+
+
+def _stage(where: str, node: Any) -> Iterator[str]:
     """A stage's function, and how it has the experts sampled."""
     if node is None:
         return
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{where} is {node!r}, which is no stage: it has no _target_; choose one by {where}=NAME")
-    known = [key for key in _parameters(node["_target_"]) if key not in GIVEN]
-    if known:
-        yield where, node, (*known, "samples", "controls")
+    if "_target_" not in _map(node):
+        yield f"{where} is {node!r}, which is no stage: it has no _target_; choose one by {where}=NAME"
+        return
+    known = {key: hint for key, hint in _hints(node["_target_"]).items() if key not in GIVEN}
+    yield from _target(where, node["_target_"])
+    yield from _node(where, node, known and {"samples": Any, "controls": Any, **known})
     yield from _samples(where, node.get("samples"))
 
 
-def _samples(where: str, samples: Any) -> Iterator[Section]:
+def _samples(where: str, samples: Any) -> Iterator[str]:
     if samples is None:
         return
-    if faults := check_samples(f"{where}.samples", samples):
-        raise ConfigError("; ".join(faults))
-    yield f"{where}.samples", samples, ("n", "sampling")
-    yield f"{where}.samples.sampling", samples["sampling"], SAMPLING
+    if not isinstance(samples, Mapping) or not isinstance(samples.get("sampling"), Mapping) or "n" not in samples:
+        yield f"{where}.samples is {samples!r}; give {{n: 2, sampling: {{temperature, top_p, top_k, max_tokens}}}}"
+        return
+    yield from _node(f"{where}.samples", samples, {"n": Count, "sampling": Any})
+    yield from _node(f"{where}.samples.sampling", samples["sampling"], SAMPLING)
 
 
-def _call(where: str, node: Any) -> Iterator[Section]:
-    if isinstance(node, Mapping) and "_target_" in node and (known := _parameters(node["_target_"])):
-        yield where, node, known
+def _call(where: str, node: Any) -> Iterator[str]:
+    if "_target_" in _map(node):
+        yield from _target(where, node["_target_"])
+        yield from _node(where, node, _hints(node["_target_"]))
+
+
+def _target(where: str, target: Any) -> Iterator[str]:
+    if not _hints(str(target)) and str(target).startswith("rotrl."):
+        yield f"{where}._target_ is {target!r}, which is nothing of rotrl; see conf/ for what there is"
 
 
 @cache
-def _shipped(group: str) -> tuple[str, ...]:
-    """The keys of all presets of a group."""
-    folder = Path(config.config_dir()) / group
-    presets = [yaml.safe_load(path.read_text()) or {} for path in sorted(folder.rglob("*.yaml"))]
-    return tuple(dict.fromkeys(key for preset in presets for key in preset if key not in ("defaults", group)))
-
-
-@cache
-def _parameters(target: str) -> tuple[str, ...]:
-    """The parameters of a function or class by its source, because importing it may take seconds; () if not found."""
+def _hints(target: str) -> dict[str, Any]:
+    """{parameter: type hint} of a function or class by its source, because importing it may take seconds; {} if not
+    found."""
     module, _, name = target.rpartition(".")
     package, *inner = module.split(".")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package else None
     if spec is None or spec.origin is None:
-        return ()
+        return {}
     stem = Path(spec.origin).parent.joinpath(*inner)
     path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
     body = ast.parse(path.read_text()).body if path.is_file() else []
@@ -129,10 +137,10 @@ def _parameters(target: str) -> tuple[str, ...]:
     if isinstance(found, ast.ClassDef):
         init = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
         if init is None:  # a dataclass
-            fields_of = (node for node in found.body if isinstance(node, ast.AnnAssign))
-            return tuple(node.target.id for node in fields_of if isinstance(node.target, ast.Name))
+            named = (node for node in found.body if isinstance(node, ast.AnnAssign))
+            return {node.target.id: hint_of(node.annotation) for node in named if isinstance(node.target, ast.Name)}
         found = init
     if not isinstance(found, ast.FunctionDef):
-        return ()
-    own = tuple(argument.arg for argument in (*found.args.args, *found.args.kwonlyargs))
-    return (*own, *_parameters(LEARN)) if found.args.kwarg and target != LEARN else own
+        return {}
+    own = {each.arg: hint_of(each.annotation) for each in (*found.args.args, *found.args.kwonlyargs)}
+    return own | (_hints(LEARN) if found.args.kwarg and target != LEARN else {})

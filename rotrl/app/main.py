@@ -13,6 +13,8 @@ from rotrl.errors import ConfigError
 
 def main(cfg: DictConfig) -> None:
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    if settings["verify"] or settings["doctor"] or settings["job"]:
+        check_keys(settings)
     if settings["verify"]:
         return verify(Path(settings["verify"]))
     if settings["doctor"]:
@@ -21,15 +23,15 @@ def main(cfg: DictConfig) -> None:
         return doctor(settings)
     if settings["job"]:
         return stand_alone(settings)
-    check_keys(settings)
     if settings["regrade"] or (settings["evaluation"] or {}).get("completions"):
         from rotrl.app.regrade import regrade
 
+        check_keys(settings)
         return regrade(settings, typed(), run_dir_of(settings), command())
     if settings["plan_only"]:
         from rotrl.app.plan import show_plan
 
-        return show_plan(settings)
+        return show_plan(settings, run_dir_of(settings))
     from rotrl.app.pipeline import run
 
     run(settings, run_dir_of(settings), command())

@@ -11,6 +11,10 @@ from rotrl.errors import CheckpointError, ConfigError
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
+class NotHere(CheckpointError):
+    """A model of the hub that is neither here nor reachable."""
+
+
 def locate(name: str, spec: Any, root: str | None = None, *, download: bool = True) -> Path:
     """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or a `_target_` that gives a path.
 
@@ -46,7 +50,7 @@ def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> 
         last = repo.rsplit("/", 1)[-1]
         key = name if name.startswith("evidence.") else f"models.{name}"
         override = f"'{key}=DIR'" if "." in name else f"{key}=DIR"
-        raise CheckpointError(
+        raise NotHere(
             f"{name}: {repo} is neither in the hub's cache nor reachable ({type(error).__name__}); "
             f"give a local folder: models.root=DIR (holding {last}/) or {override}"
         ) from error
@@ -55,20 +59,23 @@ def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> 
 
 def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, dict[str, Path], dict[str, Path]]:
     """Folders of the base, the experts and the controls; every model that is missing is named at once."""
-    problems: list[str] = []
+    problems: list[CheckpointError] = []
+    if cfg.get("root") and not Path(cfg["root"]).is_dir():
+        problems.append(CheckpointError(f"models.root={cfg['root']}: no such folder; give one that holds the models"))
 
     def find(name: str, spec: Any) -> Path:
         try:
             return locate(name, spec, cfg.get("root"), download=download)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(error)
             return Path()
 
     base = find("base", cfg.get("base"))
     experts = {name: find(f"experts.{name}", spec) for name, spec in (cfg.get("experts") or {}).items()}
     controls = {name: find(f"controls.{name}", spec) for name, spec in (cfg.get("controls") or {}).items()}
     if problems:
-        raise CheckpointError("; ".join(problems))
+        kind = NotHere if all(isinstance(problem, NotHere) for problem in problems) else CheckpointError
+        raise kind("; ".join(map(str, problems)))
     return base, experts, controls
 
 

@@ -12,14 +12,14 @@ from rotrl.align.ranks import slurm_tasks
 from rotrl.app import descent, provenance
 from rotrl.app.accuracy import accuracy_of
 from rotrl.app.job import Run
-from rotrl.app.prepare import Prepared, check_evaluation, check_evidence, check_fit, prepare
+from rotrl.app.preflight import check_manifests, preflight, target_of
+from rotrl.app.prepare import Prepared, prepare
 from rotrl.app.run_folder import anchored, done_before, finish, settle
 from rotrl.app.samples import free_gpu, grams, rollouts
 from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
-from rotrl.merge.target import check_target
 from rotrl.report.record import Record
 
 
@@ -36,10 +36,8 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
     record = Record(folder / "record.json")
     if done_before(record, prepared.digest, cfg, console):
         return record.data
-    check_evaluation(prepared)
-    check_evidence(prepared)
-    check_fit(prepared)
-    check_targets(prepared, folder)
+    preflight(prepared, folder)
+    check_manifests(prepared)
     settle(cfg, prepared.digest, prepared.weights, folder, record.data)
     one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
@@ -74,12 +72,6 @@ def as_folders(prepared: Prepared) -> Prepared:
         return prepared
     experts = {name: on_disk(model, cache) for name, model in prepared.experts.items()}
     return replace(prepared, base=on_disk(prepared.base, cache), experts=experts)
-
-
-def check_targets(prepared: Prepared, folder: Path) -> None:
-    """Refuses outputs that no merge may take, while nothing is done yet."""
-    for label in prepared.methods:
-        check_target(target_of(prepared, folder, label), [prepared.base, *prepared.experts.values()])
 
 
 def one_thread_for_small_matrices(prepared: Prepared) -> None:
@@ -206,11 +198,6 @@ def merge(job: Run) -> None:
         job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
         job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
         job.record.save()
-
-
-def target_of(prepared: Prepared, folder: Path, label: str) -> Path:
-    root = Path(prepared.cfg["output"]) if prepared.cfg["output"] else folder / "merged"
-    return root if len(prepared.methods) == 1 else root / label
 
 
 def evaluate(job: Run) -> None:

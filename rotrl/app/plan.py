@@ -10,27 +10,29 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app import descent
-from rotrl.app.models import locate_all
-from rotrl.app.prepare import Prepared, check_evaluation, check_evidence, check_fit, methods_of, prepare
-from rotrl.errors import RotrlError
+from rotrl.app.models import NotHere, locate_all
+from rotrl.app.preflight import preflight
+from rotrl.app.prepare import Prepared, check_words, prepare
+from rotrl.errors import CheckpointError
 
 
-def show_plan(cfg: dict[str, Any]) -> None:
-    """Prints the plan. Models that are not here are named; the rest is planned from the configuration."""
+def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
+    """Prints the plan, or raises what the run would. Hub models that are not here are named; the rest is planned from
+    the configuration."""
     console = Console()
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a plan downloads nothing
     try:
         locate_all(cfg["models"], download=False)
-    except RotrlError as missing:
-        methods, _ = methods_of(cfg)
+    except NotHere as missing:
+        methods, _ = check_words(cfg)
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)
         _evaluation(cfg, 1 + len(cfg["models"].get("experts") or {}) + len(methods), console)
         return
+    except CheckpointError:
+        pass  # told below, with all else that is wrong
     prepared = prepare(cfg)
-    check_evaluation(prepared)
-    check_evidence(prepared)
-    check_fit(prepared)
+    preflight(prepared, given or Path("outputs"))
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
     _memory(prepared, console)

@@ -1,21 +1,23 @@
 """Everything that can be wrong with the input is found here, before a byte is written."""
 
 import hashlib
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rotrl import config
+from rotrl.align.source import check_problem
+from rotrl.app.check import check_keys, together
+from rotrl.app.methods import check_device, check_grams, check_names, check_patterns, methods_of
 from rotrl.app.models import open_models, open_others
 from rotrl.app.stage import digest, source_digest
 from rotrl.checkpoint.files import file_sha256
-from rotrl.checkpoint.folder import stands_in_a_folder
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.task import Task, custom
-from rotrl.merge.check import pattern_faults
+from rotrl.merge.check import renamed
 from rotrl.merge.given import open_given
 from rotrl.merge.method import Method, bind
 from rotrl.merge.signature import parameters_of
@@ -110,23 +112,29 @@ def content_digest(task: Task) -> str:
 
 
 def prepare(cfg: dict[str, Any]) -> Prepared:
-    """Opens the models (headers only), binds the methods, loads the tasks; every fault of a kind is raised at once."""
-    cfg = {**cfg, "align": with_start(cfg["align"])}
+    """Opens the models (headers only), binds the methods, loads the tasks; every fault that can be known is told."""
+    (methods, applied), (base, experts, controls), others, tasks = together(
+        *(partial(check, cfg) for check in (check_words, open_models, open_others, load_tasks))
+    )
+    cfg = {**cfg, "align": as_followed(cfg["align"])}
+    prepared = Prepared(cfg, base, experts, controls, methods, tasks, applied=applied, others=others)
+    *_, prompts = together(
+        partial(check_names, experts, methods),
+        partial(check_patterns, base, prepared.stack()),
+        partial(check_rebase, cfg, experts),
+        partial(check_grams, methods),
+        partial(check_given, prepared),
+        partial(check_align, prepared),
+        partial(load_prompts, prepared),
+    )
+    return replace(prepared, prompts=prompts)
+
+
+def check_words(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods, once all is right that the configuration alone tells."""
     check_experts(cfg)
-    methods, applied = methods_of(cfg)
-    base, experts, controls = open_models(cfg)
-    check_names(experts, methods)
-    known = cfg["models"].get("known_as") or {}
-    if strangers := known.keys() - {"base", *experts}:
-        raise ConfigError(config.unknown_key(f"models.known_as.{min(strangers)}", ["base", *experts]))
-    check_rebase(cfg, experts)
-    check_grams(methods)
-    others = open_others(cfg)
-    prepared = Prepared(cfg, base, experts, controls, methods, load_tasks(cfg), applied=applied, others=others)
-    check_patterns(base, prepared.stack())
-    check_given(prepared)
-    check_align(prepared)
-    return replace(prepared, prompts=load_prompts(prepared))
+    checks = (check_keys, methods_of, check_device, check_known)
+    return together(*(partial(check, cfg) for check in checks))[1]
 
 
 def check_experts(cfg: Mapping[str, Any]) -> None:
@@ -138,62 +146,23 @@ def check_experts(cfg: Mapping[str, Any]) -> None:
         )
 
 
-def with_start(align: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The alignment's settings. The scale of its start, a default of its own, is left out where that has none."""
-    if not align or not align.get("start") or "scale" in parameters_of(str(align["start"].get("_target_"))):
+def check_known(cfg: Mapping[str, Any]) -> None:
+    named = ["base", *(cfg["models"].get("experts") or {})]
+    if strangers := (cfg["models"].get("known_as") or {}).keys() - set(named):
+        raise ConfigError(config.unknown_key(f"models.known_as.{min(strangers)}", named))
+
+
+def as_followed(align: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The alignment's settings without what counts for nothing: the scale of its start, a default of its own, where
+    that has none, and controls that were dropped by null."""
+    if not align:
         return align
-    return {**align, "start": {key: value for key, value in align["start"].items() if key != "scale"}}
-
-
-def methods_of(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:
-    """The merges by label, and the control that is applied by those that apply one.
-
-    In a suite every merge that can apply deltas stands a second time for each control of the alignment: beside
-    `learned` there is `learned_lora`.
-    """
-    methods = bind_methods(cfg["merge"], list(cfg["models"].get("experts") or {}))
-    controls = (cfg["align"] or {}).get("controls") or {}
-    if "_target_" in (cfg["merge"] or {}):
-        return methods, {}
-    again = [(label, control) for label, method in methods.items() if method.takes_deltas for control in controls]
-    more = {f"{label}_{control}": methods[label] for label, control in again}
-    return methods | more, {f"{label}_{control}": control for label, control in again}
-
-
-def bind_methods(merge: Mapping[str, Any] | None, experts: list[str]) -> dict[str, Method]:
-    """{label: method}: one for a single method, labelled by its name, or one per entry of a suite."""
-    if not merge:
-        return {}
-    if "_target_" in merge:
-        method = bind(dict(merge), experts)
-        return {method.name: method}
-    methods, problems = {}, []
-    for label, entry in merge.items():
-        if entry is None:  # `merge.slerp=null` drops an arm
-            continue
-        if not isinstance(entry, Mapping) or "_target_" not in entry:
-            problems.append(f"merge.{label} is not a method: it has no _target_ (a suite maps labels to methods)")
-            continue
-        try:
-            methods[label] = bind(dict(entry), experts)
-        except ConfigError as error:
-            problems.append(str(error).replace("merge.", f"merge.{label}."))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return methods
-
-
-def check_names(experts: Mapping[str, Checkpoint], methods: Mapping[str, Method]) -> None:
-    if taken := ({"base"} & experts.keys()) | (methods.keys() & {"base", *experts}):
-        raise ConfigError(
-            f"the name {sorted(taken)[0]!r} stands for two models; rename the expert or the suite's label"
-        )
-
-
-def check_patterns(base: Checkpoint, stack: Sequence[Method]) -> None:
-    """Values of merge.per_layer that would count for no tensor."""
-    if faults := [fault for method in stack for fault in pattern_faults(method.per_layer, list(base.tensors))]:
-        raise ConfigError("; ".join(dict.fromkeys(faults)))
+    found = dict(align)
+    if controls := align.get("controls"):
+        found["controls"] = {label: control for label, control in controls.items() if control is not None}
+    if (start := align.get("start")) and "scale" not in parameters_of(str(start.get("_target_"))):
+        found["start"] = {key: value for key, value in start.items() if key != "scale"}
+    return found
 
 
 def check_given(prepared: Prepared) -> None:
@@ -203,69 +172,6 @@ def check_given(prepared: Prepared) -> None:
         open_given(method.rotation_files, prepared.base, {} if derived else prepared.experts)
 
 
-def check_evidence(prepared: Prepared) -> None:
-    """Settings that a stage of the evidence would refuse are found now, not after hours. Imports the stages."""
-    from importlib import import_module
-
-    from hydra.utils import instantiate
-
-    for name in ("geometry", "function"):
-        if chosen := prepared.cfg["evidence"].get(name):
-            stage = instantiate({k: v for k, v in chosen.items() if k not in ("samples", "others")}, _convert_="all")
-            given = inspect.signature(stage.func).bind_partial(**stage.keywords)
-            given.apply_defaults()
-            import_module(stage.func.__module__).check(given.arguments)
-
-
-def check_fit(prepared: Prepared) -> None:
-    """Choices of the alignment or its trainer that there are not, and a family that can't be built in the shapes of the
-    models, are found now. Imports the stage."""
-    align = prepared.cfg["align"]
-    if not align:
-        return
-    from rotrl.align.learn import check
-    from rotrl.align.memory import paper_family
-    from rotrl.align.trainer import check_settings
-
-    check(align, sampled=bool(align.get("samples")))
-    check_settings(prepared.cfg["trainer"])
-    if "steps" in align:
-        paper_family(prepared.base, list(prepared.experts), align)
-
-
-def check_evaluation(prepared: Prepared) -> None:
-    """What can't be asked of all models alike, or not by the protocol, or of no engine, is found now. Imports
-    transformers."""
-    if not (prepared.tasks or prepared.prompts):
-        return
-    from rotrl.evaluate import engine_settings, rollouts, run
-
-    engine, samples = prepared.cfg["engine"], prepared.samples or {}
-    engine_settings.check_settings(engine)
-    if not stands_in_a_folder(prepared.base):
-        return
-    opened = {"base": prepared.base, **prepared.experts}
-    models = {name: model.path for name, model in opened.items() if stands_in_a_folder(model)}
-    if prompts := {name: task for name, task in prepared.prompts.items() if name in models}:
-        asked = {"n": samples["n"], "sampling": samples["sampling"], "engine": engine, "base": prepared.base.path}
-        rollouts.prepare(models, prompts, **asked)
-    if prepared.tasks:
-        roles = {name: "base" if name == "base" else "expert" for name in models}
-        run.check(models, prepared.tasks, protocol=prepared.cfg["protocol"], engine=engine, roles=roles)
-
-
-def check_grams(methods: Mapping[str, Method]) -> None:
-    """Merges that would have the experts sampled, or read, in different ways."""
-    asked = {label: method.gram for label, method in methods.items() if method.gram is not None}
-    first = next(iter(asked), "")
-    for label, gram in asked.items():
-        if changed := [key for key in {**gram, **asked[first]} if gram.get(key) != asked[first].get(key)]:
-            raise ConfigError(
-                f"merge.{label}.gram.{changed[0]} differs from merge.{first}'s: one run gathers one set of Gram "
-                "matrices; give both the same, or two runs"
-            )
-
-
 def check_align(prepared: Prepared) -> None:
     """Unknown teachers, a wrong start, and rotations that a merge needs but nothing gives."""
     start = (prepared.cfg["align"] or {}).get("start")
@@ -273,15 +179,16 @@ def check_align(prepared: Prepared) -> None:
         try:
             method = bind(start, list(prepared.experts))
         except ConfigError as error:
-            raise ConfigError(str(error).replace("merge.", "align.start.")) from error
+            raise ConfigError(renamed(error, "align.start.")) from error
         if method.gram is not None or method.needs_rotations:
             needs = "rotations" if method.needs_rotations else "Gram matrices of the experts' samples"
             raise ConfigError(
                 f"align.start is {method.name}, which needs {needs}; start from a merge of weights alone: "
                 "merge@align.start=task_arithmetic"
             )
-    if unknown := [name for name in prepared.teachers() if name not in prepared.experts]:
-        raise ConfigError(f"align.teachers: no expert {unknown[0]!r}; one of: {', '.join(prepared.experts)}")
+    if prepared.cfg["align"]:
+        asked = {key: prepared.cfg["align"].get(key) for key in ("source", "start", "teachers", "mix")}
+        check_problem(list(prepared.experts), **asked)
     waiting = [label for label, method in prepared.methods.items() if method.needs_rotations]
     if waiting and prepared.cfg["align"] is None:
         raise ConfigError(
@@ -326,6 +233,8 @@ def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
             problems.append(reason)
     if problems:
         raise EvaluationError("; ".join(problems))
+    if cfg["evaluation"] and not tasks:
+        raise ConfigError("evaluation has no tasks; choose some, or evaluation=none")
     names, select = [task.name for task in tasks], (cfg["evaluation"] or {}).get("select") or []
     if select and (set(select) - set(names) or set(select) == set(names)):
         raise ConfigError(

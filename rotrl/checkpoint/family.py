@@ -17,12 +17,9 @@ from rotrl.checkpoint.layout import by_structure, role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family, named, open_checkpoint
 from rotrl.checkpoint.tokens import token_faults, token_map
 from rotrl.errors import CheckpointError, ConfigError
+from rotrl.values import LmHead, Nonfinite, Vocab, value_faults
 
-CHOICES = {
-    "vocab": ("error", "pad", "truncate"),
-    "lm_head": ("error", "tie", "untie"),
-    "nonfinite": ("error", "allow"),
-}
+CHOICES = {"vocab": Vocab, "lm_head": LmHead, "nonfinite": Nonfinite}
 
 
 def open_family(
@@ -42,9 +39,8 @@ def open_family(
     more tokens than others; a token that has another id is always an error. CheckpointError lists all faults.
     """
     given = {"vocab": vocab, "lm_head": lm_head, "nonfinite": nonfinite}
-    for key, value in given.items():
-        if value not in CHOICES[key]:
-            raise ConfigError(f"{key} is {value!r}, one of {', '.join(CHOICES[key])} is expected")
+    if faults := [fault for key, value in given.items() for fault in value_faults(key, value, CHOICES[key])]:
+        raise ConfigError("; ".join(faults))
     if tokenizer_from not in (None, "base", *tuned):
         raise ConfigError(f"tokenizer_from is {tokenizer_from!r}, one of base, {', '.join(tuned)} is expected")
     models = _open_all({"base": base, **tuned})

@@ -7,18 +7,33 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from rotrl.errors import ConfigError, EvaluationError
+from rotrl.values import Count, Density, hint_of
 
-OWN = ("threads", "log", "data_parallel_size")
 GIVEN_HERE = ("model", "n", "disable_log_stats")  # not the user's to set
 FREE = ("log", "max_model_len")  # may differ where an engine serves again
 
 
+class Limits:
+    """Our own settings, and those whose types in vLLM say too little."""
+
+    threads: Count | None
+    log: Path | None
+    data_parallel_size: Count | None
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
+    tensor_parallel_size: Count | None
+    pipeline_parallel_size: Count | None
+    max_num_seqs: Count | None
+    max_num_batched_tokens: Count | None
+    max_model_len: Count | None
+    gpu_memory_utilization: Density | None
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """ConfigError for a setting that vLLM does not have, EvaluationError where vLLM or GPUs are missing."""
-    known = vllm_settings() | set(OWN)
+    known = engine_hints()
     if unknown := [key for key in settings if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"
@@ -26,22 +41,27 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     device_groups(settings)
 
 
+def engine_hints() -> dict[str, Any]:
+    """{setting: type hint}."""
+    return vllm_settings() | get_type_hints(Limits, include_extras=True)
+
+
 @cache
-def vllm_settings() -> set[str]:
-    """Keywords of vLLM's LLM, read from its source: importing it takes seconds."""
+def vllm_settings() -> dict[str, Any]:
+    """{keyword of vLLM's LLM: type hint}, read from its source: importing it takes seconds."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
         raise EvaluationError("vLLM is not installed; install rotrl[cpu] or rotrl[gpu]")
-    package, names = Path(spec.origin).parent, set[str]()
+    package, found = Path(spec.origin).parent, dict[str, Any]()
     for file, name in (("entrypoints/llm.py", "LLM"), ("engine/arg_utils.py", "EngineArgs")):
         tree = ast.parse((package / file).read_text())
         (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         for node in body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                names.add(node.target.id)
+                found[node.target.id] = hint_of(node.annotation)
             elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                names |= {argument.arg for argument in node.args.kwonlyargs}
-    return names - set(GIVEN_HERE)
+                found |= {argument.arg: hint_of(argument.annotation) for argument in node.args.kwonlyargs}
+    return {name: hint for name, hint in found.items() if name not in GIVEN_HERE}
 
 
 def must_agree(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,11 @@ def engine_length(needed: int, model_dir: Path, given: int | None) -> int:
     """max_model_len of an engine: what was given, if it is enough, else what is needed, rounded up."""
     if given is None:
         return min(context_length(model_dir), -(-needed // STEP) * STEP)
-    if given < needed:
-        raise EvaluationError(f"engine.max_model_len is {given}, but prompts and completions need {needed}")
+    if not needed <= given <= context_length(model_dir):
+        raise EvaluationError(
+            f"engine.max_model_len is {given}, but prompts and completions need {needed} and {model_dir} has "
+            f"{context_length(model_dir)} positions"
+        )
     return given
 
 

@@ -3,9 +3,12 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from rotrl.errors import ConfigError
+from rotrl.values import Count, Density, NonNegative, Positive, Share, Within
+
+Penalty = Annotated[float, Within(-2, 2)]
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,18 @@ class Completion:
 class Sampling:
     """Every parameter that shapes a sample, so that no default of an engine or of a model's folder does.
 
-    `top_k` 0 and `top_p` 1 take all tokens, `temperature` 0 takes the likeliest.
+    `top_k` 0 or -1 and `top_p` 1 take all tokens, `temperature` 0 takes the likeliest.
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    min_p: float = 0.0
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: NonNegative
+    top_p: Density
+    top_k: Annotated[int, Within(-1)]
+    max_tokens: Count
+    min_p: Share = 0.0
+    min_tokens: Annotated[int, Within(0)] = 0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Positive = 1.0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 

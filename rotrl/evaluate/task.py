@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rotrl.errors import EvaluationError
+from rotrl.values import Count
 
 GRADERS = ("math", "code")
 
@@ -55,7 +56,7 @@ class Task:
             seen.add(problem.id)
 
 
-def custom(path: str | Path | None, name: str | None = None, limit: int | None = None) -> Task:
+def custom(path: str | Path | None, name: str | None = None, limit: Count | None = None) -> Task:
     """Read a user's task, one JSON object a line.
 
     Math: {id, prompt or problem, answer}. Code: {id, prompt or problem, tests: [{input, output}], entry_point?}; with

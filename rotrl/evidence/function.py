@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rotrl.align.data import Rollout, load_rollouts
 from rotrl.checkpoint.files import file_sha256
@@ -13,9 +13,9 @@ from rotrl.evidence.bases import Bases
 from rotrl.evidence.gain import GAIN, JUDGED, Gains, Part, beside_controls, judge_expert, overall
 from rotrl.evidence.parts import Chosen, named_parts, sampled_parts, variant_of
 from rotrl.evidence.published import published
-from rotrl.evidence.restore import Span
 from rotrl.evidence.table import Work, write_table
 from rotrl.evidence.trial import Trial, depths
+from rotrl.values import Count, Positive
 
 ACCURACY = ["accuracy", "accuracy_low", "accuracy_high", "to_expert", "to_expert_low", "to_expert_high"]
 COLUMNS = [
@@ -44,16 +44,16 @@ def function(
     *,
     rollouts: Mapping[str, Path] | None,
     seed: int = 0,
-    side: str = "small",
-    draws: int = 5,
+    side: Literal["small", "left", "right"] = "small",
+    draws: Count = 5,
     swaps: bool = True,
-    restore: Mapping[str, Sequence[Span]] | None = None,
+    restore: Mapping[str, Sequence[Sequence[float]]] | None = None,
     doses: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25),
-    problems: int | None = None,
-    max_tokens: int | None = None,
-    batch: int = 32,
-    bootstrap: int = 2000,
-    tight: float = 0.1,
+    problems: Count | None = None,
+    max_tokens: Count | None = None,
+    batch: Count = 32,
+    bootstrap: Count = 2000,
+    tight: Positive = 0.1,
     accuracy: bool = False,
     score: Score | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -92,7 +92,7 @@ def function(
         found[trial.name] = Gains(values, samples=own, resamples=bootstrap, seed=seed, accuracy=scores)
     rows = [{"expert": name, **row} for name, gains in found.items() for row in gains.rows()]
     write_table(out / "function.csv", COLUMNS, [{key: row.get(key) for key in COLUMNS} for row in rows])
-    work.path.unlink()
+    work.path.unlink(missing_ok=True)
     bases.remove()
     return {"rows": rows, **_verdict(found, base, experts, tight)}
 

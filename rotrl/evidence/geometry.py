@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from rotrl.evidence.pairs import COLUMNS as PAIRS
 from rotrl.evidence.summary import summarise
 from rotrl.evidence.table import Work, plain, write_table
 from rotrl.evidence.verdict import Thresholds
+from rotrl.values import Count, Density, Part, Share
 
 TABLES = {"geometry": COLUMNS, "bands": BANDS, "pairs": PAIRS}
 
@@ -29,13 +30,13 @@ def geometry(
     *,
     seed: int = 0,
     controls: Sequence[str] = tuple(CONTROLS),
-    planted: Sequence[float] = (0.0, 0.1, 0.3, 0.5, 1.0),
-    principal: float = 0.1,
-    bootstrap: int = 1000,
-    rotation: float = 0.5,
-    none: float = 0.05,
-    bands: Sequence[float] = (0.1, 0.9),
-    dtype: str = "float64",
+    planted: Sequence[Share] = (0.0, 0.1, 0.3, 0.5, 1.0),
+    principal: Density = 0.1,
+    bootstrap: Count = 1000,
+    rotation: Share = 0.5,
+    none: Share = 0.05,
+    bands: Sequence[Part] = (0.1, 0.9),
+    dtype: Literal["float64", "float32"] = "float64",
     device: str = "auto",
     batch: int | str = "auto",
     references: Sequence[str] = (),
@@ -55,7 +56,7 @@ def geometry(
     ConfigError on unknown names or settings out of range, CheckpointError if the models don't fit.
     """
     settings = Settings(seed, list(controls), list(planted), principal, dtype, list(bands))
-    check({**settings._asdict(), "batch": batch})
+    check({**settings._asdict(), "batch": batch, "device": device})
     if unknown := [name for name in references if name not in experts]:
         raise ConfigError(f"references: no model {unknown[0]!r}; one of: {', '.join(experts)}")
     where = torch_device(device)
@@ -114,7 +115,7 @@ def _measured(
         if tables[table]:
             write_table(out / f"{table}.csv", columns, tables[table])
     for work in works:
-        work.path.unlink()
+        work.path.unlink(missing_ok=True)
     return tables
 
 
@@ -134,6 +135,7 @@ def _measure(family: Family, work: Work, settings: Settings, device: str, batch:
 def check(given: Mapping[str, Any]) -> None:
     """Raises ConfigError on keywords of `geometry` that it can't follow."""
     check_controls(given["controls"])
+    torch_device(given["device"])
     bands, batch = list(given["bands"]), given["batch"]
     if given["dtype"] not in ("float64", "float32"):
         raise ConfigError(f"evidence.geometry.dtype: {given['dtype']!r} is not float64 or float32")

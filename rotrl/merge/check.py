@@ -1,40 +1,24 @@
 """What is wrong with the values of a merge configuration, each fault in words that name its key."""
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from rotrl.checkpoint.layout import MATRICES, Role
-from rotrl.merge.scale import GLOBAL, RULES
-from rotrl.merge.types import Within
+from rotrl.merge.scale import GLOBAL
+from rotrl.values import Count, Rule
+from rotrl.values import value_faults as faults_of_value
 
 MODULES = (*MATRICES, "embedding", "head", "norm", "bias", "other")
 GRAM = ("layers", "batch", "max_tokens", "samples")
 SCOPES = ("matrices", "all")
 ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
-WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
 def value_faults(key: str, value: Any, hint: Any) -> list[str]:
-    """A number (in an interval), a truth value, or one of some words, by the type hint; `scale` may name a rule."""
-    if get_origin(hint) is Literal:
-        words = get_args(hint)
-        return [] if value in words else [f"merge.{key} is {value!r}, one of {', '.join(words)} is expected"]
-    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    accepted = {float: (int, float), int: (int,), bool: (bool,)}.get(kind)
-    if accepted is None or (_is_scale(key) and value in RULES):
-        return []
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        word = f"a number or one of {', '.join(RULES)}" if _is_scale(key) else WORDS[kind]
-        return [f"merge.{key} is {value!r}, {word} is expected"]
-    if not math.isfinite(value):
-        return [f"merge.{key} is {value}, a finite number is expected"]
-    interval = next((extra for extra in extras if isinstance(extra, Within)), None)
-    if interval is not None and value not in interval:
-        return [f"merge.{key} is {value}, it must lie in {interval}"]
-    return []
+    """What is wrong with a value by the type hint of its parameter; `scale` may name a rule."""
+    return faults_of_value(f"merge.{key}", value, hint | Rule if _is_scale(key) else hint)
 
 
 def key_faults(
@@ -128,7 +112,7 @@ def gram_faults(gram: Any) -> list[str]:
     problems = [unknown(f"merge.gram.{key}", "the Gram stage", GRAM) for key in gram if key not in GRAM]
     for key, value in gram.items():
         if key in GRAM and key != "samples" and value is not None:
-            problems += value_faults(f"gram.{key}", value, Annotated[int, Within(1)])
+            problems += value_faults(f"gram.{key}", value, Count)
     return problems
 
 
@@ -144,6 +128,11 @@ def rotations_faults(files: Any, expert_names: Sequence[str]) -> list[str]:
         if name not in expert_names
     ]
     return problems + [f"merge.rotations lacks expert {name!r}" for name in expert_names if name not in files]
+
+
+def renamed(error: Exception, key: str) -> str:
+    """What an error says of keys `merge.X`, of X where it stands."""
+    return re.sub(r"(?<![\w.])merge\.", key, str(error))
 
 
 def unknown(key: str, owner: str, known: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rotrl.checkpoint.layout import Role
 from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError, NumericsError
-from rotrl.merge.check import gram_faults, key_faults, per_layer_of, rotations_faults, value_at, weights_of
+from rotrl.merge.check import gram_faults, key_faults, per_layer_of, renamed, rotations_faults, value_at, weights_of
 from rotrl.merge.chunks import rows_of
 from rotrl.merge.linear import linear_rule
 from rotrl.merge.scale import GLOBAL, Merged, at_scale
@@ -211,7 +211,7 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
         try:
             of = bind(config.get("of") or {}, expert_names)
         except ConfigError as error:
-            problems.append(str(error).replace("merge.", "merge.of."))
+            problems.append(renamed(error, "merge.of."))
     if problems:
         raise ConfigError("; ".join(problems))
     method = Method(function.__name__, dict(config), function, hyper, config.get("scope") or "", per_layer, of)

@@ -1,15 +1,16 @@
 """The common scale of task-vector methods: lambda as a number, or a rule that finds one by tensor or for all."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from rotrl.errors import ConfigError, NumericsError
+from rotrl.values import Rule
 
 Merged = tuple[Tensor, Sequence[Tensor], Tensor]
 GLOBAL = ("norm_global", "retention_global")
-RULES = ("mean", "norm", "sum", "retention", *GLOBAL)
+RULES = get_args(Rule)
 
 
 class Sums:

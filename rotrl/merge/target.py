@@ -18,33 +18,38 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def check_target(target: Path, models: Sequence[Checkpoint]) -> None:
-    """ConfigError where a merge would stand in the way of a model or of files that are no merge."""
+def check_target(
+    target: Path, models: Sequence[Checkpoint], inputs: Mapping[str, Any], *, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """The manifest of a merge from these `inputs`, or some of them, at `target`; None if the way is free.
+
+    ConfigError where a model is there, or files that are no merge, or, unless `overwrite`, another merge.
+    """
     here = target.resolve()
     for model in models:
         if here == model.path.resolve() or here in model.path.resolve().parents:
             raise ConfigError(f"{target}: the model {model.path} is there; choose another output")
-    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not empty and not (target / MANIFEST).exists():
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / MANIFEST).exists():
         raise ConfigError(f"{target}: holds files that rotrl did not write; choose another output")
+    manifest = valid_manifest(target)
+    if manifest is None and not overwrite:
+        raise ConfigError(f"{target}: holds a merge with absent or changed files; use overwrite=true to make it again")
+    made = (manifest or {}).get("inputs", {})
+    changed = list(_changed({key: made.get(key) for key in inputs}, json.loads(json.dumps(inputs))))
+    if changed and not overwrite:
+        told = ", ".join(changed)
+        raise ConfigError(f"{target}: holds another merge (other {told}); use overwrite=true or another output")
+    return None if changed else manifest
 
 
 def reusable(
     target: Path, inputs: Mapping[str, Any], models: Sequence[Checkpoint], *, overwrite: bool = False
 ) -> dict[str, Any] | None:
     """The manifest of an equal merge at `target`, None if the way is free; ConfigError names what is in it."""
-    check_target(target, models)
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return None
-    manifest = valid_manifest(target)
-    if manifest is not None and manifest.get("fingerprint") == fingerprint(inputs):
-        return manifest
-    if overwrite:
-        return None
-    if manifest is None:
-        raise ConfigError(f"{target}: holds a merge with absent or changed files; use overwrite=true to make it again")
-    changed = ", ".join(_changed(manifest.get("inputs", {}), inputs))
-    raise ConfigError(f"{target}: holds another merge (other {changed}); use overwrite=true or another output")
+    manifest = check_target(target, models, inputs, overwrite=overwrite)
+    return manifest if manifest and manifest["fingerprint"] == fingerprint(inputs) else None
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

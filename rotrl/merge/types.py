@@ -5,20 +5,10 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Within:
-    """An interval of allowed numbers; `above` excludes the lower end."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+from rotrl.values import Density as Density
+from rotrl.values import NonNegative as NonNegative
+from rotrl.values import Share as Share
+from rotrl.values import Within as Within
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,4 @@ Rows = Annotated[Tensor, "rows"]
 Pair = tuple[Tensor, Tensor]
 """The experts of a method for exactly two."""
 
-Density = Annotated[float, Within(0, 1, above=True)]
-Share = Annotated[float, Within(0, 1)]
-NonNegative = Annotated[float, Within(0)]
 Side = Literal["left", "right"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rotrl.errors import ConfigError
 from rotrl.evaluate.task import Problem, Task, Test
+from rotrl.values import Count
 
 STEPS = 3
 INPUTS = tuple(range(-5, 6))
@@ -163,11 +164,11 @@ def items(family: str, split: str, limit: int, seed: int) -> list[Sum | Spec]:
     raise AssertionError("stream is endless")
 
 
-def math_task(split: str = "test", limit: int = 300, seed: int = 0) -> Task:
+def math_task(split: str = "test", limit: Count = 300, seed: int = 0) -> Task:
     """Arithmetic by steps, graded by the last box."""
     return Task("tiny_math", tuple(map(problem, items("math", split, limit, seed))), "math")
 
 
-def code_task(split: str = "test", limit: int = 300, seed: int = 0) -> Task:
+def code_task(split: str = "test", limit: Count = 300, seed: int = 0) -> Task:
     """Words to a Python lambda, graded by running it on eleven inputs."""
     return Task("tiny_code", tuple(map(problem, items("code", split, limit, seed))), "code")

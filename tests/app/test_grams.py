@@ -97,7 +97,7 @@ def test_the_plan_tells_size_and_passes(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["merge=regmean", "models.prompts=null"], "models.prompts.math is not set"),
         (["merge=regmean", "merge.gram.samples=null"], "merge.gram.samples is not set"),
-        (["merge=regmean", "merge.gram.layers=0"], "merge.gram.layers is 0, it must lie in [1, inf]"),
+        (["merge=regmean", "merge.gram.layers=0"], "merge.gram.layers is 0, it must be 1 or more"),
         (["merge=regmean", "merge.gram=3"], "merge.gram is 3, a map of layers, batch"),
         (["merge=regmean", "+merge.gram.layrs=3"], "merge.gram.layrs of the Gram stage, did you mean 'layers'?"),
         (["merge=ties", "+merge.gram={layers: 3}"], "unknown parameter merge.gram of ties"),

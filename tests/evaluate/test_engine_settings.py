@@ -11,8 +11,8 @@ def test_the_settings_are_the_keywords_of_vllm():
     from vllm.engine.arg_utils import EngineArgs
 
     fields = set(EngineArgs.__dataclass_fields__)
-    assert fields - vllm_settings() == {"model", "disable_log_stats"}
-    assert {"kv_cache_memory_bytes", "spec_tokens"} <= vllm_settings()  # the second is LLM's alone
+    assert fields - vllm_settings().keys() == {"model", "disable_log_stats"}
+    assert {"kv_cache_memory_bytes", "spec_tokens"} <= vllm_settings().keys()  # the second is LLM's alone
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest():

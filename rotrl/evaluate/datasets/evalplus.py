@@ -22,6 +22,7 @@ from rotrl.errors import EvaluationError
 from rotrl.evaluate.datasets.source import Benchmark, Source, fill, locate, read
 from rotrl.evaluate.sandbox.inside.values import HASHED, encode
 from rotrl.evaluate.task import Problem, Test
+from rotrl.values import Count
 
 PROMPT = "Write this Python function.\n\n{problem}\n\n{format}"
 FORMAT = (
@@ -34,8 +35,8 @@ def humaneval(
     path: str | Path | None = None,
     revision: str | None = "d32357cf319e50e9c8d8dab5ea876c72b0fd321b",
     prompt: str | None = None,
-    problems: int | None = 164,
-    limit: int | None = None,
+    problems: Count | None = 164,
+    limit: Count | None = None,
 ) -> Benchmark:
     """HumanEval+ (evalplus/humanevalplus): a signature with its description. `find_zero` takes any root."""
     fields = ("task_id", "prompt", "canonical_solution", "entry_point", "test")
@@ -64,8 +65,8 @@ def mbpp(
     path: str | Path | None = None,
     revision: str | None = "9a36f31e81d5e1670b68e6de8ef23da0c4e1abb5",
     prompt: str | None = None,
-    problems: int | None = 378,
-    limit: int | None = None,
+    problems: Count | None = 378,
+    limit: Count | None = None,
 ) -> Benchmark:
     """MBPP+ v0.2.0 (evalplus/mbppplus): a sentence, the signature of the reference and the first public test."""
     fields = ("task_id", "code", "prompt", "test_list", "test")

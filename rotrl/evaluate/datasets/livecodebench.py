@@ -17,6 +17,7 @@ from rotrl.errors import EvaluationError
 from rotrl.evaluate.datasets.hidden import hidden_tests
 from rotrl.evaluate.datasets.source import Benchmark, Source, draw, fill, locate, read
 from rotrl.evaluate.task import Problem, Test
+from rotrl.values import Count
 
 REPO = "livecodebench/code_generation_lite"
 REVISION = "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
@@ -52,8 +53,8 @@ def livecodebench(
     start: str | None = "2024-08-01",
     end: str | None = "2025-02-01",
     prompt: str | None = None,
-    problems: int | None = 279,
-    limit: int | None = None,
+    problems: Count | None = 279,
+    limit: Count | None = None,
     name: str = "livecodebench",
     files: Mapping[str, int | None] = FILES,
 ) -> Benchmark:
@@ -92,7 +93,7 @@ def training_prompts(
     revision: str | None = REVISION,
     release: str = "release_v2",
     prompt: str | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     seed: int = 0,
     files: Mapping[str, int | None] = FILES,
 ) -> Benchmark:

@@ -18,6 +18,7 @@ from typing import Any
 from rotrl.errors import EvaluationError
 from rotrl.evaluate.datasets.source import Benchmark, Source, draw, fill, locate, read
 from rotrl.evaluate.task import Problem
+from rotrl.values import Count
 
 PROMPT = "{problem}\n\nReason step by step, and give the final answer in \\boxed{}."
 
@@ -27,8 +28,8 @@ def aime24(
     path: str | Path | None = None,
     revision: str | None = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
     prompt: str | None = None,
-    problems: int | None = 30,
-    limit: int | None = None,
+    problems: Count | None = 30,
+    limit: Count | None = None,
 ) -> Benchmark:
     """American Invitational Mathematics Examination 2024, I and II (HuggingFaceH4/aime_2024)."""
     source = Source("aime24", "HuggingFaceH4/aime_2024", ("id", "problem", "answer"))
@@ -40,8 +41,8 @@ def aime25(
     path: str | Path | None = None,
     revision: str | None = "563bb8404243c5f09de6ec262f2db674fe5bce9b",
     prompt: str | None = None,
-    problems: int | None = 30,
-    limit: int | None = None,
+    problems: Count | None = 30,
+    limit: Count | None = None,
 ) -> Benchmark:
     """American Invitational Mathematics Examination 2025, I and II (math-ai/aime25)."""
     source = Source("aime25", "math-ai/aime25", ("id", "problem", "answer"))
@@ -53,8 +54,8 @@ def math500(
     path: str | Path | None = None,
     revision: str | None = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
     prompt: str | None = None,
-    problems: int | None = 500,
-    limit: int | None = None,
+    problems: Count | None = 500,
+    limit: Count | None = None,
 ) -> Benchmark:
     """500 test problems of MATH (Hendrycks, arXiv 2103.03874) chosen by arXiv 2305.20050 (HuggingFaceH4/MATH-500)."""
     source = Source("math500", "HuggingFaceH4/MATH-500", ("unique_id", "problem", "answer"))
@@ -66,8 +67,8 @@ def amc23(
     path: str | Path | None = None,
     revision: str | None = "80815d37005feb82cd7f8fbc6901d5d3eff43057",
     prompt: str | None = None,
-    problems: int | None = 40,
-    limit: int | None = None,
+    problems: Count | None = 40,
+    limit: Count | None = None,
 ) -> Benchmark:
     """American Mathematics Competitions 12 of 2023 (math-ai/amc23); DeepScaleR's AMC has 83 problems: another set."""
     source = Source("amc23", "math-ai/amc23", ("id", "question", "answer"))
@@ -79,8 +80,8 @@ def minerva(
     path: str | Path | None = None,
     revision: str | None = "ee46ddc498933b1977577953250ca5c66be64f96",
     prompt: str | None = None,
-    problems: int | None = 272,
-    limit: int | None = None,
+    problems: Count | None = 272,
+    limit: Count | None = None,
 ) -> Benchmark:
     """Undergraduate science of MIT's OpenCourseWare (arXiv 2206.14858; math-ai/minervamath), answers with units."""
     source = Source("minerva", "math-ai/minervamath", ("question", "answer"))
@@ -92,8 +93,8 @@ def olympiad(
     path: str | Path | None = None,
     revision: str | None = "91184b52131e7fc9455fef848035173aea8cc01a",
     prompt: str | None = None,
-    problems: int | None = 674,
-    limit: int | None = None,
+    problems: Count | None = 674,
+    limit: Count | None = None,
 ) -> Benchmark:
     r"""OlympiadBench (arXiv 2402.14008; Hothan/OlympiadBench): English competition problems in words with an answer.
 
@@ -110,8 +111,8 @@ def deepscaler(
     path: str | Path | None = None,
     revision: str | None = "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
     prompt: str | None = None,
-    problems: int | None = 40315,
-    limit: int | None = None,
+    problems: Count | None = 40315,
+    limit: Count | None = None,
     seed: int = 0,
 ) -> Benchmark:
     """DeepScaleR's training problems (agentica-org/DeepScaleR-Preview-Dataset): prompts to sample an expert on.

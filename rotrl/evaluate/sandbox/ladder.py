@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from typing import Literal
 
 from rotrl.errors import ConfigError, EvaluationError
 from rotrl.evaluate.sandbox.canary import breaches
 from rotrl.evaluate.sandbox.pool import Sandbox
 from rotrl.evaluate.sandbox.server import LEVELS, SandboxFault
+from rotrl.values import Count
 
 _REMEDY = {
     "bubblewrap": "install bubblewrap and allow user namespaces",
@@ -14,7 +16,11 @@ _REMEDY = {
 }
 
 
-def open_sandbox(minimum: str = "landlock", allow_unsandboxed: bool = False, workers: int | None = None) -> Sandbox:
+def open_sandbox(
+    minimum: Literal["none", "landlock", "bubblewrap"] = "landlock",
+    allow_unsandboxed: bool = False,
+    workers: Count | None = None,
+) -> Sandbox:
     """The strongest level from "bubblewrap" down to `minimum` whose canaries are all stopped here.
 
     "none", which only limits resources, is never a silent fallback: it needs allow_unsandboxed=True. Raises

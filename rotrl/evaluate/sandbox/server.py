@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rotrl.values import Count, Positive
+
 INSIDE = Path(__file__).parent / "inside"
 LEVELS = ("none", "landlock", "bubblewrap")  # weakest first
 # what each level asks of Landlock and seccomp inside
@@ -25,10 +27,10 @@ class SandboxFault(Exception):
 class Limits:
     """CPU seconds of a test decide; wall seconds only end what sleeps. Memory is address space; output per stream."""
 
-    cpu_seconds: float = 6.0
-    wall_seconds: float = 30.0
-    memory_mb: int = 1024
-    output_mb: int = 16
+    cpu_seconds: Positive = 6.0
+    wall_seconds: Positive = 30.0
+    memory_mb: Count = 1024
+    output_mb: Count = 16
 
 
 @dataclass(frozen=True)
