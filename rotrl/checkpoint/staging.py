@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from rotrl.checkpoint import files as steps
 from rotrl.checkpoint.files import fsync
@@ -22,20 +23,27 @@ class AlreadyPublished(Exception):
     """Another process has published the target meanwhile."""
 
 
+_live = set[Path]()  # staging folders in use by this process
+
+
 @contextmanager
 def staging(target: Path, *, overwrite: bool = False, key: str | None = None) -> Iterator[Path]:
     """Gives a folder beside `target`; on success it becomes `target`, on any error nothing remains of it.
 
-    Where a run with the same `key` was killed or interrupted, the folder holds the shards that it had finished. An
-    existing target is replaced only if `overwrite`, and kept until the new one is whole. AlreadyPublished where another
-    process was faster; CheckpointError where the disk refuses.
+    Shards that another run with the same `key` has finished, on this machine or another, killed or still at work, stand
+    in it as links: nothing in a staging folder is changed but by its owner, and `write_weights` trusts no byte unseen.
+    An existing target is replaced only if `overwrite`, and kept until the new one is whole. AlreadyPublished where
+    another process was faster; CheckpointError where the disk refuses.
     """
     target = Path(target).absolute()
-    folder, kept = _own(target, ".partial"), False
+    folder, kept = target.with_name(f"{_mark(target)}{os.getpid()}-{uuid4().hex[:8]}.partial"), False
+    _live.add(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _take_over(target, folder, key)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
+        if key is not None:
+            _adopt(target, folder, key)
+        _clear(target, folder.with_suffix(".trash"))
         steps.step("staged")
         yield folder
         fsync(folder)
@@ -50,6 +58,7 @@ def staging(target: Path, *, overwrite: bool = False, key: str | None = None) ->
         kept = bool(finished(folder, key))
         raise
     finally:
+        _live.discard(folder)
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -66,39 +75,46 @@ def finished(folder: Path, key: str | None) -> dict[str, dict]:
 
 
 def abandoned(target: Path) -> list[Path]:
-    """The folders that killed processes of this machine left beside the target."""
+    """The folders that killed processes of this machine left beside the target. Of those of another machine nothing
+    tells whether their owner lives: they are left to it, whatever became of it."""
     target = Path(target).absolute()
     found = []
     for folder in sorted(target.parent.glob(f"{glob.escape(_mark(target))}*")):
-        process = folder.stem.removeprefix(_mark(target))
-        if folder.suffix in KINDS and process.isdigit() and not _alive(int(process)):
+        process = folder.stem.removeprefix(_mark(target)).partition("-")[0]
+        if folder.suffix in KINDS and process.isdigit() and folder not in _live and not _alive(int(process)):
             found.append(folder)
     return found
 
 
-def _take_over(target: Path, folder: Path, key: str | None) -> None:
-    """Makes one abandoned folder of this `key` our own and removes the others; one moved aside in vain comes back.
+def _adopt(target: Path, folder: Path, key: str) -> None:
+    """Links the shards of the run with this key that has finished most, and their journal, into our folder."""
+    others = [left for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial") if left != folder]
+    most = max(others, key=lambda left: len(finished(left, key)), default=folder)
+    with suppress(FileNotFoundError, PermissionError):  # its owner published or removed it meanwhile, or keeps it
+        for name in finished(most, key):
+            (folder / JOURNAL).mkdir(exist_ok=True)
+            for file in (Path(name), Path(JOURNAL, f"{name}.json")):
+                try:
+                    os.link(most / file, folder / file)
+                except FileNotFoundError:
+                    raise
+                except OSError:  # a filesystem without links
+                    shutil.copyfile(most / file, folder / file)
 
-    Of several processes the one that renames a folder has it: nobody deletes or adds to what another adopts.
-    """
-    trash = _own(target, ".trash")
-    for left in sorted(abandoned(target), key=lambda left: left != folder):
-        if left.suffix == ".old" and not target.exists():
-            left.rename(target)
-            continue
-        adopt = bool(finished(left, key)) and (left == folder or not folder.exists())
-        with suppress(FileNotFoundError):
-            left.rename(folder if adopt else trash)
-            if adopt:
-                keep = {JOURNAL, *finished(folder, key)}
-                for file in folder.iterdir():
-                    if file.name not in keep:
-                        file.unlink()
-        shutil.rmtree(trash, ignore_errors=True)
+
+def _clear(target: Path, trash: Path) -> None:
+    """Removes what killed processes left; an older target that one of them moved aside in vain comes back."""
+    for left in abandoned(target):
+        with suppress(FileNotFoundError):  # another process cleared it first
+            if left.suffix == ".old" and not target.exists():
+                left.rename(target)
+                continue
+            left.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> None:
-    old, trash = _own(target, ".old"), _own(target, ".trash")
+    old, trash = folder.with_suffix(".old"), folder.with_suffix(".trash")
     try:
         if overwrite:
             with suppress(FileNotFoundError):
@@ -122,16 +138,12 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
     steps.step("old removed")
 
 
-def _own(target: Path, kind: str) -> Path:
-    return target.with_name(f"{_mark(target)}{os.getpid()}{kind}")
-
-
 def _mark(target: Path) -> str:
     return f".{target.name}.{socket.gethostname()}-"
 
 
 def _alive(process: int) -> bool:
-    """Whether another process has this id; one of our own folders from before us is abandoned too."""
+    """Whether another process has this id; ours is not one, so that what had it before us counts as dead."""
     if process == os.getpid():
         return False
     try:

@@ -181,12 +181,64 @@ def test_before_the_first_shard_and_on_errors_nothing_is_left(root, monkeypatch)
 def test_a_folder_of_a_living_process_is_left_alone(tmp_path):
     target = tmp_path / "out"
     with staging(target, key="k") as folder:
-        living = folder.with_name(folder.name.replace(str(os.getpid()), str(os.getppid())))
-        folder.rename(living)
         assert abandoned(target) == []
-        living.rename(folder)
-        assert abandoned(target) == [folder]
+        living, before_us = (folder.with_name(folder.name.replace(*names)) for names in (
+            (str(os.getpid()), str(os.getppid())), (folder.stem[-8:], "00000000"),
+        ))  # fmt: skip
+        living.mkdir()
+        before_us.mkdir()
+        assert abandoned(target) == [before_us]
+        with staging(target, key="k"):
+            assert (living.exists(), before_us.exists()) == (True, False)
+        living.rmdir()
         assert finished(folder, "k") == {}
+
+
+# Merges in argv[1] as a machine of its own; after the third shard it says so and waits to be told to go on.
+OTHER_MACHINE = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(sys.argv[2]).parent))
+from rotrl.checkpoint import staging
+from test_resume import files, linear_of, stop_at, writer
+staging.socket.gethostname = lambda: "node-a"
+writer.SHARD_SIZE = 3000
+wait = lambda: (print("ready", flush=True), sys.stdin.readline())
+files.step = stop_at("model-00003-of-00008.safetensors.json renamed", 1, wait)
+print(linear_of(Path(sys.argv[1]), Path(sys.argv[1]) / "place" / "out")["reused"])
+"""
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_another_machine_goes_on_and_the_first_is_not_disturbed(lives, root, reference, monkeypatch):
+    whole, target = reference[0], root / "place" / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", OTHER_MACHINE, str(root), __file__],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert first.stdout is not None
+    assert first.stdout.readline() == "ready\n"
+    if not lives:
+        first.kill()
+        first.wait()
+    [left] = target.parent.glob(".out.node-a-*.partial")
+    before = {file: file_sha256(file) for file in left.rglob("*") if file.is_file()}
+    made = []
+    measured = stream.Stream._measured
+    tell = lambda self, name, *rest: made.append(name) or measured(self, name, *rest)  # noqa: E731
+    monkeypatch.setattr(stream.Stream, "_measured", tell)
+    assert not linear_of(root, target)["reused"]
+    assert sorted(made) == sorted(tensors_in(sorted(whole.glob("model-*"))[3:]))
+    assert contents(target) == contents(whole)
+    assert {file: file_sha256(file) for file in left.rglob("*") if file.is_file()} == before
+    if lives:
+        out, error = first.communicate("go\n", timeout=100)
+        assert out == "True\n", error  # it finds the same merge done
+        assert not left_behind(target.parent)
+    assert contents(target) == contents(whole)
+    verify(target)
 
 
 def test_whole_tensors_on_three_devices_in_turn_are_those_of_one(root, monkeypatch):
