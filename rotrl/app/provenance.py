@@ -1,9 +1,13 @@
 """Where a record comes from: configuration, inputs, versions, device."""
 
+import hashlib
 import os
 import platform
+import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import rotrl
@@ -26,6 +30,7 @@ def start(cfg: dict[str, Any], digest: str, models: dict[str, Any], command: str
         "command": command,
         "created": now(),
         "status": "running",
+        "process": process(os.getpid()),
         "config": cfg,
         "models": models,
         "versions": {"python": platform.python_version(), **versions()},
@@ -34,6 +39,24 @@ def start(cfg: dict[str, Any], digest: str, models: dict[str, Any], command: str
         "decisions": [],
         "warnings": [],
     }
+
+
+def process(number: int) -> dict[str, Any]:
+    """What tells a process from all others: digest of the machine's name, number, and start in ticks since boot."""
+    try:
+        begun = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # it has ended, or the system has no /proc
+        begun = None
+    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+    return {"machine": machine, "number": number, "begun": begun}
+
+
+def at_work(record: Mapping[str, Any]) -> bool:
+    """Whether another process of this machine is writing the run of a record."""
+    writer = record.get("process") or {}
+    if record.get("status") != "running" or writer.get("begun") is None or writer["number"] == os.getpid():
+        return False
+    return writer == process(writer["number"])
 
 
 def models(prepared: Prepared) -> dict[str, Any]:

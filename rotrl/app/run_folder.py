@@ -24,6 +24,11 @@ def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Conso
 def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Path, old: dict[str, Any]) -> None:
     """Makes the run folder. One that the user named and that holds another run is refused, naming what differs; in a
     multirun, which numbers its folders, the older run is moved aside."""
+    if provenance.at_work(old):
+        number = old["process"]["number"]
+        raise ConfigError(
+            f"{folder}: process {number} is at work on a run there; wait for it or choose another run_dir"
+        )
     numbered = folder != Path(cfg["run_dir"] or "")
     if old and (cfg["overwrite"] or (numbered and old["digest"] != digest)):
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))

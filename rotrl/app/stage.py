@@ -60,8 +60,12 @@ class Stages:
         else:
             work = self.run_dir / ".work" / f"{name}-{key[:16]}"
             work.mkdir(parents=True, exist_ok=True)
-            _write_json(work / SUMMARY, produce(work))
-            _publish(work, published)
+            try:
+                _write_json(work / SUMMARY, produce(work))
+                _publish(work, published)
+            except FileNotFoundError:
+                if not (published / SUMMARY).is_file():  # else another run of this stage took the folder along
+                    raise
             with contextlib.suppress(OSError):  # another stage of this run was interrupted and left its work there
                 work.parent.rmdir()
         summary = json.loads((published / SUMMARY).read_text())
