@@ -135,6 +135,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
                 pass
             # safetensors keeps the last of two equal names in silence
             header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+    except PermissionError:
+        return {}, [f"{file}: may not be read; give yourself the right to it (chmod)"]
     except (SafetensorError, OSError, ValueError) as error:
         return {}, [f"{file}: not a whole safetensors file{_hint(file)} ({error}); get it again"]
     header.pop("__metadata__", None)

@@ -51,18 +51,21 @@ def test_streamed_equals_in_memory_for_any_shard_size(name, shard_size, trio, me
     verify(tmp_path / "out")
 
 
-def test_sharding_of_inputs_and_output_changes_no_number(tensors, save, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "changes"), [("dare_ties", {}), ("ties", {"threshold": "model"}), ("ram_plus", {}), ("tsv_m", {})]
+)
+def test_sharding_of_inputs_and_output_changes_no_number(name, changes, tensors, save, method, tmp_path, monkeypatch):
     base = tensors(0)
     experts = {"math": tensors(1, base=base), "code": tensors(2, base=base)}
     results = []
     for shards in (1, 3):
         monkeypatch.setattr(writer, "SHARD_SIZE", 10**9 if shards == 1 else 2000)
         folders = [
-            save(f"{name}{shards}", weights, shards=shards) for name, weights in [("base", base), *experts.items()]
+            save(f"{model}{shards}", weights, shards=shards) for model, weights in [("base", base), *experts.items()]
         ]
         models = [open_checkpoint(folder) for folder in folders]
         pair = dict(zip(experts, models[1:], strict=True))
-        results.append(merge(models[0], pair, method("dare_ties"), tmp_path / f"out{shards}"))
+        results.append(merge(models[0], pair, method(name, **changes), tmp_path / f"out{shards}"))
     assert results[0]["sha256"] == results[1]["sha256"]
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
 
