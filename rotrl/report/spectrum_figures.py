@@ -79,7 +79,8 @@ def calibration(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
             kappas = [row["kappa"] for row in real if (row["expert"], row["side"]) == (name, side)]
             if kappas:  # dashes take turns, so that lines at one height all show
                 dashes = (5 * i, (4, 5 * len(names) - 4))
-                axes.axhline(float(np.median(kappas)), color=colour, linewidth=1.8, linestyle=dashes, label=name)
+                axes.axhline(float(np.median(kappas)), color=colour, linewidth=1.8, linestyle=dashes)
+                axes.plot([], [], color=colour, linewidth=1.8, label=name)
         axes.set(xlabel="rotation planted, % of the update's energy", xlim=(0, 100))
         axes.set_title(f"{side} rotation")
     panels[0].set_ylabel("kappa")
