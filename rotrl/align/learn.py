@@ -80,10 +80,11 @@ def learn(
     on its own samples: one teacher is an alignment, several are multi-teacher distillation, which is a learned merge.
     With `activation` L_k is the distance of what the linear maps give on teacher_k's own inputs, with `weight` that of
     the weights, for which no sample is needed (`squares`). Writes rotations.safetensors or deltas.safetensors and
-    align.csv into `out`; an interrupted call, made again, continues from `out/align.ckpt`. `patience` ends the fit
-    after so many looks, one each `validate_every` steps, without a lower KL, at the lowest. `adapter` adds a PEFT
-    adapter of the source (`Family.save_adapter`). `hyper` is what the family was made from, with its lr. `vectors` are
-    the experts as merges see them, where they are not themselves.
+    align.csv into `out`; an interrupted call, made again, continues from `out/align.ckpt`. Several devices of `trainer`
+    share the sequences of every step and end where one does (`ranks`). `patience` ends the fit after so many looks,
+    one each `validate_every` steps, without a lower KL, at the lowest. `adapter` adds a PEFT adapter of the source
+    (`Family.save_adapter`). `hyper` is what the family was made from, with its lr. `vectors` are the experts as merges
+    see them, where they are not themselves.
 
     KL is in nats per token on problems held out from the fit: `kl_before` of the source, `kl_after` adapted. Angles
     are in degrees. `explained` and `closed_form` are the shares of |source - mean teacher|^2 that the learned weights
