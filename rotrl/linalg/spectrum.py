@@ -60,6 +60,8 @@ def basis(W0: Tensor | Basis, dtype: torch.dtype = torch.float64) -> Basis:
     if W0.is_cuda:
         found = gram_basis(W0)
         return Basis(*(part.to(dtype) for part in found))
+    if W0.shape[-2] < W0.shape[-1]:  # LAPACK takes twice as long for a wide matrix as for a tall one
+        return basis(W0.mT, dtype).mT
     U, s, Vh = torch.linalg.svd(W0.to(dtype), full_matrices=False)
     return Basis(U, _ranked(s, W0.shape), Vh.mT)
 
