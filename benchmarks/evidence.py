@@ -6,7 +6,8 @@
     python benchmarks/evidence.py lineage BASE EXPERT EXPERT                     beside a plain read of the files
 
 Geometry prints CPU seconds in one thread (on a GPU seconds) of every batch, the memory that it took beside the memory
-that it was planned with (on the CPU malloc keeps more), and minutes of 28 layers (196 matrices): measured, or extrapolated from fewer.
+that it was planned with (on the CPU malloc keeps more), and minutes of 28 layers (196 matrices): measured, or
+extrapolated from fewer.
 """
 
 import argparse
