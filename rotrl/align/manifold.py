@@ -15,7 +15,7 @@ class Stiefel(geoopt.EuclideanStiefel):
 
     Generators need no transport: the one of X is carried to Y as that of Y, an isometry. A step is three batched
     products, X^T G, X A and (X A) A: `Y = X (I + A + A^2 / 2)` is within A^3 / 6 of the geodesic, where the polar
-    retraction is within A^3 / 3 and geoopt's QR, two more products and the QR, within A^2. It has
+    retraction is within A^3 / 3 and geoopt's QR, with a product more and the QR, within A^2. It has
     `Y^T Y = I + A^4 / 4`: positive, so that it adds up in the lengths of the rows, and once these show it `projx` takes
     it away. On a CPU at d = 1536 a step takes half the time of geoopt's, as these counts say.
     """
