@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rotrl.align.deltas import Free, LowRank
 from rotrl.align.family import Family
+from rotrl.align.frames import Frames
 from rotrl.align.low_rank import LowRankTurns
 from rotrl.align.manifold import Stiefel
 from rotrl.align.parametrization import Rotations
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Callable[[dict[str, torch.Tensor]], Family]] = {
     "lora": LowRank,
     "stiefel small": Rotations,
     "stiefel blocks of 256": lambda matrices: Rotations(matrices, block=256),
+    "stiefel thin frame": Frames,
     "low_rank": LowRankTurns,
     "free": Free,
 }

@@ -20,6 +20,7 @@ from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
+from rotrl.merge.given import from_samples
 from rotrl.report.record import Record
 
 
@@ -195,6 +196,8 @@ def merge(job: Run) -> None:
         merges[label] = {**result, "path": str(target), "config": method.config}
         if method.needs_rotations:
             merges[label] |= {"rotates": learned is not None and learned.name == ROTATIONS, "control": control}
+        if method.rotation_files:
+            merges[label] |= {"sampled": from_samples(method.rotation_files)}
         job.stages.record(f"merge/{label}", result["fingerprint"], result["seconds"], reused=result["reused"])
         job.record.data["warnings"] += [f"{label}: {text}" for text in result["warnings"]]
         job.record.save()

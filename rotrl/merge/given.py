@@ -75,3 +75,8 @@ def open_given(
     if problems:
         raise ConfigError("; ".join(f"merge.rotations: {problem}" for problem in problems))
     return opened
+
+
+def from_samples(files: Mapping[str, str]) -> bool:
+    """Whether any of the files was learned from samples of the experts, not from weights alone."""
+    return any(open_rotations(path).metadata.get("objective") in ("logits", "activation") for path in files.values())

@@ -159,5 +159,7 @@ def _rotations(table: Standings, record: Mapping[str, Any]) -> str:
 
 
 def learned(merge: str, record: Mapping[str, Any]) -> bool:
-    """Whether a merge applies what the align stage has learned from the experts' samples."""
+    """Whether a merge applies what this or another align stage has learned from the experts' samples."""
+    if ((record.get("merges") or {}).get(merge) or {}).get("sampled"):
+        return True
     return method_target(merge, record).rsplit(".", 1)[-1].startswith("learned")

@@ -15,6 +15,7 @@ from rotrl.linalg.frames import polar_factors, smallest_turn
 from rotrl.linalg.procrustes import procrustes
 from rotrl.linalg.rotation import exp
 from rotrl.merge.engine import merge, merge_state, plan_merge
+from rotrl.merge.given import from_samples
 from rotrl.merge.mean_rotation import chordal, karcher_rotation, lie_mean
 from rotrl.merge.rotation import learned, lie_sum
 
@@ -178,6 +179,13 @@ def test_all_that_does_not_fit_is_named_at_once(changes, told, trio, method, tmp
     files["math"] = write(tmp_path / "math.safetensors", trio, "math", **changes)
     with pytest.raises(ConfigError, match=rf"merge\.rotations: .*{told}"):
         merge_state(*trio, method("lie_sum", rotations=files))
+
+
+def test_whether_files_were_learned_from_samples(tmp_path):
+    for objective, sampled in (("logits", True), ("activation", True), ("weights", False)):
+        told = {"source": '{"model": "base"}', "objective": objective}
+        save_rotations(tmp_path / "r.safetensors", {Q: Rotation(right=torch.eye(16))}, told)
+        assert from_samples({"math": str(tmp_path / "r.safetensors")}) is sampled
 
 
 def test_absent_files_and_files_of_deltas(trio, method, tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rotrl.report.standings import Interval, average, number, paired, standings, total
-from rotrl.report.words import merge_words
+from rotrl.report.words import learned, merge_words
 
 
 def value(record, model, task, metric="avg@8"):
@@ -139,3 +139,11 @@ def test_a_learned_merge_that_wins_is_not_taken_for_evidence_of_rotations(full):
     words = " ".join(merge_words(standings(record), record))
     assert "The best merge by rotation, learned, differs from the best other merge, tsv_m" in words
     assert "the difference is no evidence for rotations" in words
+
+
+def test_a_merge_of_rotations_that_files_give_has_learned_if_they_have(full):
+    record, _ = full
+    for sampled in (True, False):
+        record["merges"]["orthomerge"]["sampled"] = sampled
+        assert learned("orthomerge", record) is sampled
+    assert learned("learned", record)
