@@ -1,13 +1,14 @@
 """python -m rotrl: compose the configuration, run it, and turn every outcome into one exit code.
 
-0 done; 2 the input is at fault (one line, `error: ...`); 1 a bug (a traceback); 130 interrupted.
+0 done; 2 the input is at fault (one line, `error: ...`); 1 a bug (a traceback); 130 interrupted; 75 stopped by a
+scheduler (SIGTERM, SIGUSR1). After the last two the same command continues.
 """
 
 import os
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rotrl import config
 from rotrl.errors import ConfigError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+STOPPED: list[int] = []  # signals by which a scheduler took the machine back
 FAILURE: list[Exception] = []  # of a single run; Hydra puts a line of its own before what it raises again
 
 
@@ -34,6 +36,12 @@ def task(cfg: "DictConfig") -> None:
         FAILURE.append(error)
 
 
+def stop(number: int, _: Any) -> None:
+    """A scheduler's stop is an interruption like Ctrl-C, with an exit code that asks to be queued again."""
+    STOPPED.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     sys.exit(_main())
 
@@ -44,7 +52,8 @@ def _main() -> int:
     from rotrl.app import sweep
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the mapping below is the only one
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interruption like Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
     config.register()
     try:
         sys.argv[1:] = config.flags_first(sys.argv[1:])
@@ -55,7 +64,7 @@ def _main() -> int:
         run()
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return os.EX_TEMPFAIL if STOPPED else 130
     except Exception as error:
         sweep.show_table()
         return explain(error)

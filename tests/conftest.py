@@ -83,13 +83,14 @@ def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(program, "FAILURE", [])
         monkeypatch.setattr(sys, "argv", ["rotrl", *map(str, arguments)])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         capfd.readouterr()
         try:
             with pytest.raises(SystemExit) as ended:
                 program.main()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return int(str(ended.value.code)), capfd.readouterr().err
 
     return run

@@ -112,6 +112,22 @@ def test_the_table_shows_every_model_and_the_second_run_does_nothing(demo: tuple
     assert written == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_that_stops_a_run_is_told_to_queue_it_again(number: signal.Signals, tmp_path: Path) -> None:
+    command = ("evidence=geometry", "align=none", "merge=none", "evaluation=none", "logger=none")
+    process = start(tmp_path, *command)
+    records = tmp_path / "outputs/demo"
+    while process.poll() is None and not list(records.glob("*/record.json")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 75
+    (record,) = records.glob("*/record.json")
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    rotrl(tmp_path, *command)
+    assert json.loads(record.read_text())["status"] == "done"
+
+
 def test_a_kill_during_evaluation_loses_nothing_and_changes_nothing(demo: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path, *SMALL)
     store = tmp_path / "outputs/cache/samples"
