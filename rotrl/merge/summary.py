@@ -190,7 +190,8 @@ def kth_largest(
         total += base.numel()
         if by_entry:
             base, experts = base.flatten()[::step], [expert.flatten()[::step] for expert in experts]
-        found = [_flat(x)[:: 1 if by_entry else step] for x in values(base, experts)]
+        # A copy, or it would hold the whole tensor.
+        found = [_flat(x)[:: 1 if by_entry else step].copy() for x in values(base, experts)]
         samples = [[*old, x] for old, x in zip(samples or [[]] * len(found), found, strict=True)]
     wanted, sorted_ = ranks(total), [np.sort(np.concatenate(parts)) for parts in samples]
     found, width = {}, SIGMAS if step > 1 else 0.0
@@ -224,26 +225,29 @@ class _Search:
     def __init__(self, rank: int, low: float, high: float) -> None:
         self.rank, self.low, self.high = rank, low, high
         self.above = self.from_high = self.from_low = 0
-        self.between: list[np.ndarray] = []
+        self.between: list[tuple[np.ndarray, np.ndarray]] = []  # values and how often: stored in 16 bits many are equal
 
     def add(self, x: np.ndarray) -> None:
         self.above += np.count_nonzero(x > self.high)
         self.from_high += np.count_nonzero(x >= self.high)
         self.from_low += np.count_nonzero(x >= self.low)
-        self.between.append(x[(x > self.low) & (x < self.high)])
+        self.between.append(np.unique(x[(x > self.low) & (x < self.high)], return_counts=True))
 
     def value(self) -> float | None:
         """None where it is not between them."""
-        between = np.concatenate(self.between)
+        between, counts = (np.concatenate(parts) for parts in zip(*self.between, strict=True))
+        order = between.argsort()[::-1]
+        reached = counts[order].cumsum()
+        inside = int(counts.sum())
         if (self.low, self.high) == (-1.0, math.inf):  # NaN is of no rank
             if not self.from_low:
                 return math.nan
             self.rank = min(self.rank, self.from_low)
         if self.above < self.rank <= self.from_high:
             return self.high
-        if self.from_high < self.rank <= self.from_high + len(between):
-            return float(np.partition(between, -(self.rank - self.from_high))[-(self.rank - self.from_high)])
-        return self.low if self.from_high + len(between) < self.rank <= self.from_low else None
+        if self.from_high < self.rank <= self.from_high + inside:
+            return float(between[order[reached.searchsorted(self.rank - self.from_high)]])
+        return self.low if self.from_high + inside < self.rank <= self.from_low else None
 
 
 def _flat(x: Tensor) -> np.ndarray:
