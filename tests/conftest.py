@@ -15,6 +15,7 @@ from torch import Tensor
 # A shared machine makes hypothesis' time limits flaky, so it has none.
 settings.register_profile("rotrl", deadline=None, max_examples=50)
 settings.load_profile("rotrl")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what they start in the background
 torch.set_num_threads(1)  # matrices here are small: threads would only wait for each other
 
 SHAPES = {
