@@ -14,8 +14,8 @@ Place = tuple[str, str]  # model, value
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`key`, its `values`, `rows` (COLUMNS), `differences` (DIFFERENCES) and the experts' `ceiling`, each on its own
-    task; empty where no number was swept.
+    """`key`, its `values`, `rows` (COLUMNS), `differences` (DIFFERENCES), how many merges were `tried` and the
+    experts' `ceiling`, each on its own task; empty where no number was swept.
 
     A model whose weights are the same at every value has one row, without a value. Jobs that differ in the seed alone
     are averaged; they share their problems, so the ends of their intervals are averaged too: wide enough however the
@@ -44,6 +44,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "values": values,
         "rows": sorted(rows, key=lambda row: (ROLES.index(row["role"]), -best[row["model"]])),
         "differences": differences(cells, key, values),
+        "tried": sum(row["role"] == "merge" for row in rows),
         "ceiling": sum(ceilings) / len(ceilings) if ceilings else None,
     }
 

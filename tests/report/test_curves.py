@@ -64,6 +64,7 @@ def test_what_the_number_does_not_change_stands_once(records):
     assert {("base", ""), ("math", ""), ("ties", ""), ("learned", "8"), ("learned", "32")} <= places
     assert ("ties", "8") not in places
     assert cell(found, "ties", "")["jobs"] == 2
+    assert found["tried"] == 5  # learned and tsv_m at two values, ties
 
 
 def test_rotations_are_compared_with_every_other_merge_in_the_same_job(records):
