@@ -42,7 +42,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "key": key,
         "values": values,
-        "rows": sorted(rows, key=lambda row: (ROLES.index(row["role"]), -best[row["model"]])),
+        "rows": sorted(rows, key=lambda row: (ROLES.index(row["role"]), -best[row["model"]], _order(row["value"]))),
         "differences": differences(cells, key, values),
         "tried": sum(row["role"] == "merge" for row in rows),
         "ceiling": sum(ceilings) / len(ceilings) if ceilings else None,
@@ -57,6 +57,10 @@ def by_value(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple[str, 
         middle = row["mean"] if "mean" in row else row["difference"]
         found.setdefault(place, {})[row["value"]] = Interval(middle, row["low"], row["high"])
     return found
+
+
+def in_words(value: str) -> str:
+    return "no limit" if number(value) is None else value
 
 
 def swept_number(given: Sequence[Mapping[str, str]]) -> str | None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rotrl.checkpoint.files import whole_file
 from rotrl.report import alignment, words
-from rotrl.report.curves import by_value
+from rotrl.report.curves import by_value, in_words
 from rotrl.report.notes import notes
 from rotrl.report.paint import BLUE, INK, MUTED, PAPER, RULE
 from rotrl.report.redact import redact
@@ -116,7 +116,7 @@ def _curves(found: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         return {}
     scores = by_value(found["rows"], "model", "role")
-    return {**found, "scores": scores, "pairs": by_value(found["differences"], "a", "b")}
+    return {**found, "in_words": in_words, "scores": scores, "pairs": by_value(found["differences"], "a", "b")}
 
 
 def _when(record: Mapping[str, Any]) -> str:

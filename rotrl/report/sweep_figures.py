@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rotrl.report.curves import in_words
 from rotrl.report.paint import INK, MARKERS, MUTED, PALETTE, VEIL
-from rotrl.report.standings import number
 
 SHOWN = len(PALETTE)  # curves that can be told apart; the best ones, the table has all
 
@@ -52,7 +52,7 @@ def _by_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 def _places(axes: Axes, values: Sequence[str], key: str) -> dict[str, float]:
     """Values at equal distances, as they were chosen."""
-    axes.set_xticks(range(len(values)), ["all" if number(value) is None else value for value in values])
+    axes.set_xticks(range(len(values)), [in_words(value) for value in values])
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(key)
     return {value: float(place) for place, value in enumerate(values)}

@@ -1,12 +1,12 @@
 """The terminal's view of a multirun: one table over its jobs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from rotrl.report.curves import by_value, curves
+from rotrl.report.curves import by_value, curves, in_words
 from rotrl.report.notes import notes
 from rotrl.report.protocols import protocol_rows
 from rotrl.report.redact import redact
@@ -63,7 +63,7 @@ def _protocols(rows: list[dict[str, Any]], console: Console) -> Table:
 
 def _curves(swept: Mapping[str, Any], console: Console) -> Table:
     """A line for each model, a column for each value; one score where the weights are the same at every value."""
-    view = new_table(str(swept["key"]), console, ["model"], ["at any", *swept["values"]])
+    view = new_table(str(swept["key"]), console, ["model"], ["at any", *map(in_words, swept["values"])])
     previous = None
     for (model, role), scores in by_value(swept["rows"], "model", "role").items():
         if previous not in (None, role):
@@ -79,10 +79,25 @@ def _curves(swept: Mapping[str, Any], console: Console) -> Table:
 
 
 def _differences(swept: Mapping[str, Any], console: Console) -> Table:
-    view = new_table("learned rotations against", console, ["merge"], swept["values"])
+    """A line for each pair; with whole intervals where they fit the terminal, else with their larger half."""
+    views = [_difference_table(swept, console, show) for show in (lambda d: f"{points(d)} ({points_span(d)})", within)]
+    wide = console.options.update(width=10_000)
+    return next((view for view in views if console.measure(view, options=wide).maximum <= console.width), views[-1])
+
+
+def _difference_table(swept: Mapping[str, Any], console: Console, show: Callable[[Interval], str]) -> Table:
+    view = new_table("learned rotations against", console, ["merge"], [in_words(value) for value in swept["values"]])
+    several = len({row["a"] for row in swept["differences"]}) > 1
     for (a, b), found in by_value(swept["differences"], "a", "b").items():
-        cells = [f"{points(found[v])} ({points_span(found[v])})" if v in found else "" for v in swept["values"]]
-        several = len({row["a"] for row in swept["differences"]}) > 1
+        cells = [show(found[value]) if value in found else "" for value in swept["values"]]
         view.add_row(*(signs(cell, console) for cell in (f"{a} − {b}" if several else b, *cells)))
     view.caption = signs("points, paired by problem, 95 % interval: a null result where it includes 0", console)
     return view
+
+
+def within(difference: Interval) -> str:
+    """`−2.4 ±1.3`: points and the larger half of the interval."""
+    if difference.low is None or difference.high is None:
+        return points(difference)
+    half = max(difference.high - difference.value, difference.value - difference.low)
+    return f"{points(difference)} ±{percent(half)}"

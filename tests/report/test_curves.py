@@ -1,11 +1,14 @@
 """What a swept number does: seeds averaged, weights that it does not change in one place, pairs by job."""
 
 import copy
+import io
 
 import pytest
+from rich.console import Console
 
 from rotrl.report.curves import COLUMNS, DIFFERENCES, curves, swept_number
 from rotrl.report.sweep_page import render_sweep
+from rotrl.report.sweep_table import sweep_table
 
 LEARNED = {"_target_": "rotrl.merge.rotation.learned"}
 
@@ -58,6 +61,10 @@ def test_seeds_are_averaged_with_their_intervals_and_extremes(records, full):
     assert set(COLUMNS) == set(few)
 
 
+def test_rows_go_by_value_whatever_the_order_of_the_jobs(records):
+    assert curves(records[::-1])["rows"] == curves(records)["rows"]
+
+
 def test_what_the_number_does_not_change_stands_once(records):
     found = curves(records)
     places = {(row["model"], row["value"]) for row in found["rows"]}
@@ -84,6 +91,18 @@ def test_only_numbers_are_swept_numbers():
     assert swept_number(given) is None  # one number and no limit: two values, but one number
     assert swept_number([{"align.prompts": "8"}, {"align.prompts": "32"}, {"align.prompts": "None"}]) == "align.prompts"
     assert swept_number([]) is None
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, "+4.5 ±2.0"), (60, "+4.5 ±2.0"), (120, "+4.5 (+2.5 to +6.5)")])
+def test_names_of_merges_are_kept_in_a_narrow_terminal(width, shown, records):
+    four = [*records, *(copy.deepcopy(record) for record in records)]
+    for record, prompts in zip(four[4:], (128, 128, None, None), strict=True):
+        record["config"]["align"]["prompts"] = prompts
+    out = io.StringIO()
+    sweep_table(four, Console(width=width, file=out))
+    line = next(line for line in reversed(out.getvalue().splitlines()) if line.startswith("ties "))
+    assert shown in line
+    assert "no limit" in out.getvalue()
 
 
 def test_page_tables_and_figure(records, tmp_path):
