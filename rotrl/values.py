@@ -2,11 +2,11 @@
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ Rounding = Literal["nearest", "stochastic"]
 Vocab = Literal["error", "pad", "truncate"]
 LmHead = Literal["error", "tie", "untie"]
 Nonfinite = Literal["error", "allow"]
+Side = Literal["small", "large", "left", "right", "both"]
+Sharing = Literal["none", "layer", "residual"]
+Start = Literal["identity", "procrustes"]
+Objective = Literal["logits", "activation", "weight"]
 
 SHOWN = {None: "null", True: "true", False: "false"}
 WORDS = {
@@ -61,6 +65,13 @@ def hint_of(annotation: ast.expr | None) -> Any:
         return eval(compile(ast.Expression(annotation), "", "eval"), globals())
     except (NameError, AttributeError, TypeError):
         return Any
+
+
+def faults_of(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> list[str]:
+    """What is wrong with keywords of a function, by its type hints."""
+    hints = get_type_hints(function, include_extras=True)
+    known = {key: value for key, value in given.items() if key in hints}
+    return [fault for key, value in known.items() for fault in value_faults(f"{where}.{key}", value, hints[key])]
 
 
 def value_faults(key: str, value: Any, hint: Any) -> list[str]:
@@ -91,7 +102,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | kind) and not isinstance(value, bool)
     if kind is Sequence:
         return isinstance(value, list | tuple)
-    return kind not in WORDS or isinstance(value, str if kind is Path else kind)
+    return kind not in WORDS or isinstance(value, (str, Path) if kind is Path else kind)
 
 
 def _inside(key: str, value: Any, hint: Any) -> list[str]:
@@ -102,7 +113,7 @@ def _inside(key: str, value: Any, hint: Any) -> list[str]:
         within = next((extra for extra in get_args(hint)[1:] if isinstance(extra, Within)), Within())
         return [] if value in within else [f"{key} is {value}, it must {within}"]
     if kind in (str, Path):
-        return [] if value.strip() else [f"{key} is empty, {WORDS[kind]} is expected"]
+        return [] if str(value).strip() else [f"{key} is empty, {WORDS[kind]} is expected"]
     inner = [part for part in get_args(hint) if part is not Ellipsis]
     if kind is Sequence and inner:
         return [fault for i, part in enumerate(value) for fault in value_faults(f"{key}.{i}", part, inner[0])]

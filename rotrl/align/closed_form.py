@@ -14,7 +14,7 @@ from rotrl.align.source import pose, refuse_reflections
 from rotrl.align.trainer import Progress, frozen_dtype, make_trainer, measure, one_device, quiet, threads_for
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError
-from rotrl.values import Count, NonNegative, Positive
+from rotrl.values import Count, NonNegative, Positive, Sharing
 
 
 def procrustes(
@@ -32,7 +32,7 @@ def procrustes(
     mix: Mapping[str, Positive] | None = None,
     side: Literal["small", "large", "left", "right"] = "small",
     block: Count | None = None,
-    share: Literal["none", "layer", "residual"] = "none",
+    share: Sharing = "none",
     anchor: NonNegative = 0.01,
     max_tokens: Count | None = None,
     batch: Count = 64,

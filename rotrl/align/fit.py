@@ -21,7 +21,7 @@ from rotrl.align.sharing import side_of
 from rotrl.align.source import Problem
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.linalg.tangent import tangent_projection
-from rotrl.values import Count, NonNegative, Positive
+from rotrl.values import Count, NonNegative, Positive, Sharing, Side, Start
 
 
 def stiefel(
@@ -29,10 +29,10 @@ def stiefel(
     experts: dict[str, Checkpoint],
     out: Path,
     *,
-    side: Literal["small", "large", "left", "right", "both"] = "small",
+    side: Side = "small",
     block: Count | None = None,
-    share: Literal["none", "layer", "residual"] = "none",
-    init: Literal["identity", "procrustes"] = "identity",
+    share: Sharing = "none",
+    init: Start = "identity",
     anchor: NonNegative = 0.01,
     lr: Positive = 5e-3,
     angle_prior: NonNegative = 3e-3,
@@ -53,9 +53,9 @@ def cayley(
     experts: dict[str, Checkpoint],
     out: Path,
     *,
-    side: Literal["small", "large", "left", "right", "both"] = "small",
+    side: Side = "small",
     block: Count | None = None,
-    share: Literal["none", "layer", "residual"] = "none",
+    share: Sharing = "none",
     anchor: NonNegative = 0.01,
     lr: Positive = 5e-3,
     angle_prior: NonNegative = 3e-3,
@@ -73,8 +73,8 @@ def low_rank(
     out: Path,
     *,
     seed: int,
-    side: Literal["small", "large", "left", "right", "both"] = "small",
-    share: Literal["none", "layer", "residual"] = "none",
+    side: Side = "small",
+    share: Sharing = "none",
     rank: Count = 4,
     anchor: NonNegative = 0.01,
     lr: Positive = 5e-3,

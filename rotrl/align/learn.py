@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations, Term, Turns
 from rotrl.align.ranks import in_ranks, is_rank
 from rotrl.align.results import write_results
-from rotrl.align.sharing import SHARES, SIDES
 from rotrl.align.source import Problem, pose, refuse_reflections
 from rotrl.align.squares import ActivationAlignment, WeightAlignment
 from rotrl.align.trainer import CHECKPOINT, Progress, fit, frozen_dtype, make_trainer, measure, quiet, threads_for
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import CheckpointError, ConfigError
-from rotrl.values import Count, Part, Positive, Within
+from rotrl.values import Count, Objective, Part, Positive, Sharing, Side, Start, Within, faults_of, value_faults
 
 OBJECTIVES: dict[str, type[LogitAlignment]] = {
     "logits": LogitAlignment,
@@ -59,7 +58,7 @@ def learn(
     start: dict[str, Any] | None = None,
     teachers: str | Sequence[str] = "all",
     mix: Mapping[str, Positive] | None = None,
-    objective: Literal["logits", "activation", "weight"] = "logits",
+    objective: Objective = "logits",
     steps: Count = 120,
     warmup: Annotated[int, Within(0)] = 5,
     batch: Count = 32,
@@ -179,23 +178,15 @@ def closed_form(
 
 def check(settings: Mapping[str, Any], *, sampled: bool) -> None:
     """ConfigError for choices that there are not and for those that need samples where there are none, all at once."""
-    known = {"objective": OBJECTIVES, "init": ("identity", "procrustes"), "side": SIDES, "share": SHARES}
-    faults = [
-        f"align.{key}={settings[key]!r}; one of: {', '.join(choices)}"
-        for key, choices in known.items()
-        if key in settings and settings[key] not in choices
-    ]
+    faults = faults_of(learn, settings, "align")
+    for key, hint in {"init": Start, "side": Side, "share": Sharing}.items():
+        faults += value_faults(f"align.{key}", settings[key], hint) if key in settings else []
     if not settings.get("samples", True) and settings.get("objective", "weight") != "weight":
         faults.append(f"align.objective={settings['objective']} needs samples of each teacher; give align.samples")
-    patience, every = settings.get("patience"), settings.get("validate_every", 1)
-    if patience is not None and patience < 1:
-        faults.append(f"align.patience={patience}; give at least 1, or null to run all steps")
-    if patience and not sampled:
+    if settings.get("patience") and not sampled:
         faults.append(
             "align.patience looks at the KL on samples, and there are none; give align.samples or leave it out"
         )
-    if patience and every < 1:
-        faults.append(f"align.validate_every={every}; give a number of steps, at least 1")
     if faults:
         raise ConfigError("; ".join(faults))
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from rotrl.checkpoint.layout import role_of
 from rotrl.errors import ConfigError
+from rotrl.values import Sharing, Side
 
-SIDES = ("small", "large", "left", "right", "both")
-SHARES = ("none", "layer", "residual")
+SIDES, SHARES = get_args(Side), get_args(Sharing)
 READS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "embedding", "head")  # rows of an embedding count as read
 WRITES = ("o", "down")
 DENSE = 4096  # dimensions of a rotation that is taken whole without being asked for

@@ -18,7 +18,7 @@ from rotrl.evidence.pairs import COLUMNS as PAIRS
 from rotrl.evidence.summary import summarise
 from rotrl.evidence.table import Work, plain, write_table
 from rotrl.evidence.verdict import Thresholds
-from rotrl.values import Count, Density, Part, Share
+from rotrl.values import Count, Density, Part, Share, faults_of
 
 TABLES = {"geometry": COLUMNS, "bands": BANDS, "pairs": PAIRS}
 
@@ -38,7 +38,7 @@ def geometry(
     bands: Sequence[Part] = (0.1, 0.9),
     dtype: Literal["float64", "float32"] = "float64",
     device: str = "auto",
-    batch: int | str = "auto",
+    batch: Count | Literal["auto"] = "auto",
     references: Sequence[str] = (),
     others: Mapping[str, tuple[Checkpoint, Checkpoint]] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -136,17 +136,11 @@ def check(given: Mapping[str, Any]) -> None:
     """Raises ConfigError on keywords of `geometry` that it can't follow."""
     check_controls(given["controls"])
     torch_device(given["device"])
-    bands, batch = list(given["bands"]), given["batch"]
-    if given["dtype"] not in ("float64", "float32"):
-        raise ConfigError(f"evidence.geometry.dtype: {given['dtype']!r} is not float64 or float32")
-    if outside := [fraction for fraction in given["planted"] if not 0 <= fraction <= 1]:
-        raise ConfigError(f"evidence.geometry.planted: {outside[0]} is not a fraction; give values from 0 to 1")
-    if not 0 < given["principal"] <= 1:
-        raise ConfigError(f"evidence.geometry.principal: {given['principal']} is not a share; give a value in (0, 1]")
-    if bands != sorted({edge for edge in bands if 0 < edge < 1}):
-        raise ConfigError(f"evidence.geometry.bands: {bands} are no rising edges between 0 and 1")
-    if batch != "auto" and not (isinstance(batch, int) and batch > 0):
-        raise ConfigError(f"evidence.geometry.batch: {batch!r} is not auto or a number of matrices")
+    bands, faults = list(given["bands"]), faults_of(geometry, given, "evidence.geometry")
+    if not faults and bands != sorted(set(bands)):
+        faults.append(f"evidence.geometry.bands: {bands} are no rising edges between 0 and 1")
+    if faults:
+        raise ConfigError("; ".join(faults))
 
 
 def torch_device(chosen: str) -> str:

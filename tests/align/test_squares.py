@@ -90,14 +90,17 @@ def test_mix_weighs_the_kl(call, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "weights"}, "align.objective='weights'; one of: logits, activation, weight"),
+        ({"objective": "weights"}, "align.objective is 'weights', one of logits, activation, weight is expected"),
         ({"mix": {"math": 1}}, "align.mix={'math': 1}; give every teacher a weight above 0: math, code"),
-        ({"mix": {"math": 1, "code": -1}}, "give every teacher a weight above 0"),
-        ({"patience": 0}, "align.patience=0; give at least 1"),
+        ({"mix": {"math": 1, "code": -1}}, "align.mix.code is -1, it must be above 0"),
+        ({"patience": 0}, "align.patience is 0, it must be 1 or more"),
         ({"patience": 2, "rollouts": None}, "align.patience looks at the KL on samples, and there are none"),
-        ({"patience": 2, "validate_every": 0}, "align.validate_every=0; give a number of steps"),
+        ({"patience": 2, "validate_every": 0}, "align.validate_every is 0, it must be 1 or more"),
         ({"rollouts": None}, "rollouts of math, code are missing"),
-        ({"objective": "w", "init": "zero"}, "align.objective='w'.*; align.init='zero'; one of: identity, procrustes"),
+        (
+            {"objective": "w", "init": "zero"},
+            "align.objective is 'w'.*; align.init is 'zero', one of identity",
+        ),
     ],
 )
 def test_wrong_choices_are_named(call, tmp_path: Path, changes: dict, message: str):
