@@ -1,6 +1,6 @@
 """What a swept number does to every model, seeds averaged, and paired differences to the learned rotations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rotrl.report.standings import Interval, Row, number, paired, rotates, standings
@@ -26,15 +26,17 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if key is None:
         return {}
     cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]] = {}
-    for record, own in zip(records, given, strict=True):
+    tables = [standings(record) for record in records]
+    for record, table, own in zip(records, tables, given, strict=True):
         rest = " ".join(f"{name}={value}" for name, value in own.items() if name not in (key, SEED))
-        for row in standings(record).rows:
+        for row in table.rows:
             if row.mean:
                 name = f"{row.model} {rest}".strip() if row.role == "merge" else row.model
                 cells.setdefault((name, own[key]), []).append((row, record))
     if not cells:
         return {}
-    ceilings = [ceiling for record in records if (ceiling := standings(record).ceiling) is not None]
+    ceilings = [table.ceiling for table in tables if table.ceiling is not None]
+    reported = max((table.reported for table in tables), key=len)
     values = sorted({own[key] for own in given}, key=_order)
     cells = _flattened(cells)
     rows = [_row(name, value, key, found) for (name, value), found in cells.items()]
@@ -43,7 +45,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "key": key,
         "values": values,
         "rows": sorted(rows, key=lambda row: (ROLES.index(row["role"]), -best[row["model"]], _order(row["value"]))),
-        "differences": differences(cells, key, values),
+        "differences": differences(cells, key, values, reported),
         "tried": sum(row["role"] == "merge" for row in rows),
         "ceiling": sum(ceilings) / len(ceilings) if ceilings else None,
     }
@@ -75,7 +77,7 @@ def swept_number(given: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def differences(
-    cells: Mapping[Place, list[tuple[Row, Mapping[str, Any]]]], key: str, values: Iterable[str]
+    cells: Mapping[Place, list[tuple[Row, Mapping[str, Any]]]], key: str, values: Sequence[str], tasks: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Learned rotations minus every other merge at each value, mean over tasks, paired by problem."""
     merges = {name: found for (name, _), found in cells.items() if found[0][0].role == "merge"}
@@ -90,7 +92,7 @@ def differences(
             for value in values:
                 there = cells.get((b, value)) or cells.get((b, ""), [])
                 pairs = [
-                    paired(row.model, other.model, record, standings(record).reported)
+                    paired(row.model, other.model, record, tasks)
                     for row, record in cells.get((a, value), [])
                     for other, its in there
                     if its is record or (its["config"].get(SEED) == record["config"].get(SEED) and (b, "") in cells)
