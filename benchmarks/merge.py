@@ -166,7 +166,8 @@ def error(name: str, folder: Path, merged: Path) -> tuple[float, float]:
         role = role_of(tensor, w0.shape)
         rows = Chunks(w0, ws, rows=method.rows(tensor, role, w0.shape)).rows
         pieces = list(zip(w0.split(rows), zip(*(w.split(rows) for w in ws), strict=True), strict=True))
-        oracle = torch.cat([merged for _, _, merged in method.merge(tensor, role, pieces)])
+        below = [merged for *_, merged in method.of.merge(tensor, role, pieces)] if method.of else None
+        oracle = torch.cat([merged for *_, merged in method.merge(tensor, role, pieces, merged=below)])
         found = stored.read(tensor)
         wrong += float((found.double() - oracle).square().sum())
         floor += float((oracle.to(found.dtype).double() - oracle).square().sum())
@@ -237,6 +238,7 @@ def main() -> None:
     print(
         f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
     )
+    written = f" {options.dtype}" + (f" {options.scope}" if options.scope else "")
     methods = every_method() if options.methods == ["all"] else options.methods
     for name in [name for name in methods if not (options.scope == "all" and name in WHOLE)]:
         for engine in options.engines:
@@ -244,15 +246,14 @@ def main() -> None:
                 name == "copy"
             ):
                 continue
-            scope = f" {options.scope}" if options.scope else ""
-            key = f"{name} {engine}" + (f" {options.dtype}{scope}" if engine == "rotrl" else "")
+            key = f"{name} {engine}" + (written if engine == "rotrl" else "")
             if key not in results or options.again:
                 results[key] = measure(engine, name, folder, options)
                 file.write_text(json.dumps(results, indent=1))
             r = results[key]
             told = f"{r['error']:>9.2g} {r['floor']:>9.2g}" if "error" in r else ""
             print(f"{name:<22} {engine:<9} {r['cpu']:>7.1f} {r['wall']:>7.1f} {r['memory']:>8.2f} {told}", flush=True)
-        ours, peer = results.get(f"{name} rotrl {options.dtype}"), results.get(f"{name} mergekit")
+        ours, peer = results.get(f"{name} rotrl{written}"), results.get(f"{name} mergekit")
         if ours and peer:
             print(f"{name:<22} ratio     {ours['cpu'] / peer['cpu']:>7.2f}", flush=True)
 

@@ -71,7 +71,7 @@ class Prepared:
         controls |= {name: [model.sha256 for model in pair] for name, pair in self.others.items()}
         settings |= {key: self.cfg["models"].get(key) for key in ("rebase", "canonicalize")}
         asked = [content_digest(task) for task in (*self.tasks, *self.prompts.values())]
-        files = [file_sha256(Path(path)) for method in self.stack() for path in method.rotation_files.values()]
+        files = [file_sha256(Path(path)) for method in self.methods.values() for path in method.rotation_files.values()]
         return digest([settings, self.weights, controls, asked, *([files] if files else []), source_digest(PACKAGES)])
 
     def stack(self) -> list[Method]:
@@ -168,7 +168,7 @@ def as_followed(align: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 def check_given(prepared: Prepared) -> None:
     """Files of rotations that a merge is given. Of experts that merges see otherwise the merge itself checks them."""
     derived = prepared.cfg["models"].get("rebase") or prepared.cfg["models"].get("canonicalize")
-    for method in prepared.stack():
+    for method in prepared.methods.values():
         open_given(method.rotation_files, prepared.base, {} if derived else prepared.experts)
 
 

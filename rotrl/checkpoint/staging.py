@@ -4,6 +4,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -80,8 +81,10 @@ def abandoned(target: Path) -> list[Path]:
     target = Path(target).absolute()
     found = []
     for folder in sorted(target.parent.glob(f"{glob.escape(_mark(target))}*")):
-        process = folder.stem.removeprefix(_mark(target)).partition("-")[0]
-        if folder.suffix in KINDS and process.isdigit() and folder not in _live and not _alive(int(process)):
+        # Whole, or the folder of host `node-17` would be that of process 17 on `node`.
+        owner = re.fullmatch(r"(\d+)(-[0-9a-f]+)?", folder.stem.removeprefix(_mark(target)))
+        live = folder.with_suffix(".partial") in _live
+        if folder.suffix in KINDS and owner and not live and not _alive(int(owner[1])):
             found.append(folder)
     return found
 

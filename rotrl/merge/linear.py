@@ -68,9 +68,12 @@ def _stock_ratio(summary: Gram) -> float:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-def linear_rule(hyper: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """The function, and its parameters, for the tensors that a method with these parameters does not act on."""
-    if "t" in hyper:
+def linear_rule(hyper: Mapping[str, Any], *, pair: bool) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """The function, and its parameters, for the tensors that a method with these parameters does not act on.
+
+    `t` goes from one expert to the other in a method of a `pair`; elsewhere it is another way.
+    """
+    if pair and "t" in hyper:
         return interpolation, {"t": hyper["t"]}
     known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
     return task_arithmetic if "scale" in known else linear, known

@@ -52,17 +52,16 @@ class Method:
 
     @property
     def rotation_files(self) -> dict[str, str]:
-        """Files of the rotations of the base towards each expert; empty where the function finds them itself."""
-        return dict(self.config.get("rotations") or {}) if "rotations" in self._parameters else {}
+        """Files of the rotations of the base towards each expert, for the function or the one under it; empty where
+        they are found in closed form."""
+        if "rotations" in self._parameters:
+            return dict(self.config.get("rotations") or {})
+        return self.of.rotation_files if self.of else {}
 
     @property
     def takes_deltas(self) -> bool:
         """Whether what it applies may be a Delta as well as a Rotation."""
         return Delta in get_args(get_type_hints(self.function).get("rotation"))
-
-    @property
-    def needs_source(self) -> bool:
-        return "source" in self._parameters
 
     @property
     def scale(self) -> float | str | None:
@@ -93,6 +92,10 @@ class Method:
         return dims == 2 or self.kind not in ("matrix", "equivariant", "slices")
 
     @property
+    def merges_a_pair(self) -> bool:
+        return get_type_hints(self.function).get("experts") == Pair
+
+    @property
     def kind(self) -> str:
         """What the function's base is: matrix, equivariant, slices, rows, or "" for any tensor."""
         return kind_of(self.function)
@@ -102,8 +105,10 @@ class Method:
         """The choice by which a tall matrix can't be merged by rows, in words; "" where it can."""
         if self.kind == "matrix":
             return self.name
-        choices = unless_of(self.function)
-        return next((f"merge.{key}={value}" for key, value in choices if self.hyper.get(key) == value), "")
+        for key, value in unless_of(self.function):
+            if value in (self.hyper.get(key), *self.per_layer.get(key, {}).values()):
+                return f"merge.{key}={value}"
+        return ""
 
     def rows(self, tensor: str, role: Role, shape: Sequence[int]) -> int | None:
         """How many rows of a tensor are merged at a time; None where it is merged whole."""
@@ -155,7 +160,7 @@ class Method:
             yield from ((base, experts, below) for (base, experts), below in zip(pieces, merged, strict=True))
             return
         else:
-            function, hyper = linear_rule(hyper)
+            function, hyper = linear_rule(hyper, pair=self.merges_a_pair)
             parameters = parameters_of(function)
         given = {"rotation": rotation, "rotations": rotations, "statistics": statistics, "grams": grams}
         hyper |= {key: given[key] for key in given if key in parameters}

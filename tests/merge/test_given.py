@@ -165,6 +165,23 @@ def test_through_the_engine(trio, method, tmp_path):
         merge(base, experts, bound, target)
 
 
+def test_under_another_method(trio, method, tmp_path):
+    base, experts = trio
+    files = {name: write(tmp_path / f"{name}.safetensors", trio, name, seed=i) for i, name in enumerate(experts)}
+    lower = method("lie_sum", rotations=files)
+    bound = method("spectrum_projection", of=lower.config)
+    assert bound.rotation_files == files
+    assert set(plan_merge(base, experts, bound)["given"]) == set(files)
+    w0, below = base.read(Q), merge_state(base, experts, lower)[Q]
+    expected = bound.function(w0, [expert.read(Q) for expert in experts.values()], merged=below, reference="base")
+    torch.testing.assert_close(merge_state(base, experts, bound)[Q], expected)
+    target = tmp_path / "out"
+    merge(base, experts, bound, target)
+    write(tmp_path / "math.safetensors", trio, "math", seed=7)
+    with pytest.raises(ConfigError, match=r"other given\.math"):
+        merge(base, experts, bound, target)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -118,6 +118,7 @@ def test_methods_that_need_whole_matrices_refuse_embeddings(shipped):
         ("regmean", {}, "regmean"),
         ("orthomerge", {"residual": "ties"}, "merge.residual=ties"),
         ("orthomerge", {"variant": "conflict"}, "merge.variant=conflict"),
+        ("orthomerge", {"per_layer": {"residual": {"embedding": "ties"}}}, "merge.residual=ties"),
     ):
         with pytest.raises(ConfigError, match=rf"merge\.scope=all: {told} takes matrices whole.*scope=matrices"):
             bind(shipped(name, scope="all", **changes), ["math", "code"])
