@@ -5,7 +5,7 @@ python benchmarks/align.py [tokens [layers]]     random weights, CPU
 The products of each linear map with `tokens` inputs stand for the model: teachers, attention and head, which are the
 same for every family, are left out. Adapting the weights, its backward pass and the optimiser do not depend on the
 number of tokens; the products do, in proportion: the ratio at 8 x 2048 tokens, the batch of the 1.5B experiment, is
-extrapolated from the time of the products at `tokens`, and marked so. So is that of 28 layers: 28 times one.
+extrapolated from the time of the products at `tokens`, and marked so.
 
 The optimiser's part of stiefel is measured against geoopt's RiemannianAdam on geoopt's own EuclideanStiefel (QR), with
 one parameter a matrix, on the same gradients, for the 1.5B layer and for many small matrices. Beside each stand the

@@ -42,6 +42,8 @@ class LowRank(Family):
         }
 
     def save_adapter(self, folder: Path, source: str | None, block: int | None = None) -> None:
+        if block:
+            raise ConfigError(f"align.adapter_block={block}: a LoRA adapter has no blocks; leave it out")
         save_lora(folder, self.factors(), source)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rotrl.align.parametrization import Action, Turns
+from rotrl.align.sharing import DENSE
 from rotrl.errors import ConfigError
 
 
@@ -60,6 +61,11 @@ class LowRankTurns(Turns):
         if action.inverse:
             u, v = v.mT, u.mT
         return u @ (v @ weights) if action.side == "left" else (weights @ u) @ v
+
+    def closed_form(self, *args: Any, **kwargs: Any) -> list[Tensor] | None:
+        """None where a rotation is too wide to be dense: Procrustes knows no other."""
+        wide = any(part.shape[-2] > DENSE for part in self.rotations)
+        return None if wide else super().closed_form(*args, **kwargs)
 
     def dimensions(self) -> int:
         return sum(part.numel() // (2 * self.rank) for part in self.rotations)

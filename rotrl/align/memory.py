@@ -40,7 +40,8 @@ def plan_memory(
     `max_tokens`.
 
     An upper bound: everything that is held at some time of a step, together. Activations are what autograd keeps of
-    one layer times their number, with attention that keeps no scores. ConfigError where the family can't be built.
+    one layer times their number, with attention that keeps no scores; without
+    `max_tokens` prompts are not counted. ConfigError where the family can't be built.
     """
     dtype = frozen_dtype(trainer)
     model = sum(math.prod(info.shape) for info in base.tensors.values()) * dtype.itemsize
@@ -48,13 +49,18 @@ def plan_memory(
     learned = sum(part.numel() for part in family.parameters()) * FLOAT
     buffers = sum(part.numel() for part in family.buffers()) * FLOAT
     stacks = [family.weights(index).numel() for index in range(len(family.shapes))]
+    squares = settings.get("objective", "logits") != "logits"
+    formed = FLOAT if squares else dtype.itemsize
     planned = {
         "frozen models": model * (1 + len(teachers)),
         "weights of the family": buffers,
         "parameters, gradients, moments": 4 * learned,
         "work of the optimiser": 4 * FLOAT * max((part.numel() for part in family.parameters()), default=0),
-        "adapted weights, gradients": 2 * sum(stacks) * dtype.itemsize + 2 * FLOAT * max(stacks),
+        "adapted weights, gradients": 2 * sum(stacks) * formed + 2 * FLOAT * max(stacks),
     }
+    if squares:
+        aims = len(teachers) if settings["objective"] == "activation" else 1
+        planned["targets"] = aims * FLOAT * sum(stacks)
     if settings.get("objective") == "activation":
         planned["Gram matrices"] = len(teachers) * FLOAT * sum(info.shape[1] ** 2 for info in _matrices(base).values())
     if settings.get("objective", "logits") == "logits":

@@ -49,17 +49,19 @@ def in_ranks(call: Callable[..., dict[str, Any]], count: int, progress: Progress
     told = torch.multiprocessing.get_context("spawn").SimpleQueue()
     given = (call, count, find_free_network_port(), told)
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the ranks, until they are on their own
-    started = start_processes(_rank, given, nprocs=count, join=False, start_method="spawn")
+    try:
+        started = start_processes(_rank, given, nprocs=count, join=False, start_method="spawn")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     ranks: list[Any] = started.processes if started else []
-    signal.signal(signal.SIGINT, ignored)
     heard: dict[str, Any] = {}
     try:
         while _running(ranks):
             wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=0.1)
             _listen(told, heard, progress)
+        wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=LAST)
+        _listen(told, heard, progress)
         if any(rank.exitcode for rank in ranks):
-            wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=LAST)
-            _listen(told, heard, progress)
             raise _reason([rank.exitcode for rank in ranks], heard)
         return heard["result"]
     finally:

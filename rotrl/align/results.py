@@ -44,11 +44,12 @@ def write_results(
     orthogonality error are None where nothing is rotated. NumericsError where rotations are not orthogonal.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows, found, error, whole = [], {}, 0.0, Energies()
+    rows, found, error, whole, solved = [], {}, 0.0, Energies(), Energies()
     for name, adapted in learned.items():
         source = problem.state[name].double()
-        role, energies = role_of(name, source.shape), energies_of(source, adapted, problem.target(name))
-        whole += energies
+        role, target = role_of(name, source.shape), problem.target(name)
+        whole += (energies := energies_of(source, adapted, target))
+        solved += energies_of(source, closed[name], target) if closed else Energies()
         extra = (details or {}).get(name, {}).values()
         for side in _sides(adapted) or ("",):
             spread: tuple[float | None, ...] = (None, None)
@@ -82,7 +83,7 @@ def write_results(
         "angle_max": max(float(angle.max()) for angle in found.values()) if found else None,
         "orthogonality_error": error if found else None,
         "explained": whole.explained,
-        "closed_form": explained(problem, closed) if closed else None,
+        "closed_form": solved.explained if closed else None,
         "change": whole.change,
         "rotations": ROTATIONS if found else DELTAS,
     }
@@ -120,12 +121,6 @@ def energies_of(source: Tensor, adapted: Rotation | Delta, target: Tensor) -> En
     moved = adapted.apply(source)
     parts = (moved - target, source - target, moved - source, source)
     return Energies(*(float(part.square().sum()) for part in parts))
-
-
-def explained(problem: Problem, learned: Learned) -> float | None:
-    """`Energies.explained` of all tensors together."""
-    found = (energies_of(problem.state[name].double(), learned[name], problem.target(name)) for name in learned)
-    return sum(found, Energies()).explained
 
 
 def _angles(source: Tensor, adapted: Rotation | Delta, side: str) -> Tensor:

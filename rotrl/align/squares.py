@@ -47,7 +47,8 @@ class WeightAlignment(LogitAlignment):
     whole: Tensor | None = None
 
     def move(self) -> None:
-        super().move()
+        if self.heldout:  # only their KL asks the models anything
+            super().move()
         for name, terms in self.terms.items():
             self.terms[name] = [(w, t.to(self.device), m if m is None else m.to(self.device)) for w, t, m in terms]
 

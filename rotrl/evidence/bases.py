@@ -27,7 +27,8 @@ class Bases:
         """Makes the folder. ConfigError where the disk has no room for the bases of so many models."""
         needed = models * sum(8 * min(shape) * (min(shape) + 1) for shape in shapes)
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
+        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))  # of a run that was killed
+        free = there + shutil.disk_usage(self.folder).free
         if needed > free:
             raise ConfigError(
                 f"{self.folder}: evidence=function keeps up to {needed / 1e9:.1f} GB of singular bases while it runs "

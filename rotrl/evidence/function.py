@@ -13,9 +13,10 @@ from rotrl.evidence.bases import Bases
 from rotrl.evidence.gain import GAIN, JUDGED, Gains, Part, beside_controls, judge_expert, overall
 from rotrl.evidence.parts import Chosen, named_parts, sampled_parts, variant_of
 from rotrl.evidence.published import published
+from rotrl.evidence.restore import restorations
 from rotrl.evidence.table import Work, write_table
 from rotrl.evidence.trial import Trial, depths
-from rotrl.values import Count, Positive
+from rotrl.values import Count, Positive, faults_of
 
 ACCURACY = ["accuracy", "accuracy_low", "accuracy_high", "to_expert", "to_expert_low", "to_expert_high"]
 COLUMNS = [
@@ -72,7 +73,7 @@ def function(
     check({"side": side, "draws": draws, "swaps": swaps, "restore": restore, "doses": doses, "tight": tight})
     if accuracy and score is None:
         raise ConfigError("evidence.function.accuracy: no score is given, the callable that samples a variant")
-    parts = named_parts(side, draws, swaps, restore, doses)
+    parts = named_parts(draws, swaps, restore, doses)
     check_family(base, experts)
     given = load_rollouts(experts, rollouts, max_tokens=max_tokens)
     samples = {name: _chosen(found, problems, seed) for name, found in given.items()}
@@ -186,6 +187,6 @@ def _chosen(rollouts: list[Rollout], problems: int | None, seed: int) -> list[Ro
 
 def check(given: Mapping[str, Any]) -> None:
     """Raises ConfigError on keywords of `function` that it can't follow."""
-    named_parts(*(given[key] for key in ("side", "draws", "swaps", "restore", "doses")))
-    if given["tight"] <= 0:
-        raise ConfigError(f"evidence.function.tight: {given['tight']}; give a width above 0")
+    if faults := faults_of(function, given, "evidence.function"):
+        raise ConfigError("; ".join(faults))
+    restorations(given["restore"])

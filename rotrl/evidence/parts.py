@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rotrl.errors import ConfigError
 from rotrl.evidence.gain import Part
 from rotrl.evidence.restore import Span, left_out, restorations
 from rotrl.evidence.variants import DRAWN, SINGLE, SWAPS, Variant, dose, nothing, whole
@@ -12,13 +11,9 @@ Chosen = Variant | str | None
 
 
 def named_parts(
-    side: str, draws: int, swaps: bool, restore: Mapping[str, Sequence[Span]] | None, doses: Sequence[float]
+    draws: int, swaps: bool, restore: Mapping[str, Sequence[Span]] | None, doses: Sequence[float]
 ) -> dict[str, Chosen]:
-    """{name: part}, those that others refer to first. Raises ConfigError on settings out of range."""
-    if side not in ("small", "left", "right"):
-        raise ConfigError(f"evidence.function.side: {side!r} is not small, left or right")
-    if draws < 1:
-        raise ConfigError(f"evidence.function.draws: {draws}; at least one random direction is needed")
+    """{name: part}, those that others refer to first. Raises ConfigError on ranges that restore can't follow."""
     return dict(_parts(draws, swaps, restorations(restore), doses))
 
 

@@ -175,9 +175,9 @@ def test_published_numbers_stand_beside_the_models_that_they_are_of():
     [
         ({"accuracy": True}, "accuracy: no score is given"),
         ({"restore": {"ranks": [[0.5]]}}, r"restore.ranks: \[0.5\] is no span"),
-        ({"side": "both"}, "side: 'both' is not small, left or right"),
-        ({"draws": 0}, "draws: 0; at least one"),
-        ({"tight": 0}, "tight: 0; give a width above 0"),
+        ({"side": "both"}, "side is 'both', one of small, left, right is expected"),
+        ({"draws": 0}, "draws is 0, it must be 1 or more"),
+        ({"tight": 0}, "tight is 0, it must be above 0"),
         ({"rollouts": None}, "rollouts of math are missing"),
     ],
 )
