@@ -10,29 +10,18 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from merge import method_of
 from shapes import SHAPES
 from torch import Tensor
 
 from rotrl.linalg.spectrum import basis
 from rotrl.linalg.tangent import tangent_projection
-from rotrl.merge.method import bind
 from rotrl.merge.rotation import how
 
-LAYERS, UPDATE, EXPERTS = 28, 8e-4, ("math", "code")
-CONF = Path(__file__).parents[1] / "conf" / "merge"
-
-
-def keywords(name: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """The function of a method and its parameters as shipped."""
-    content = OmegaConf.create({"merge_scale": 1.0, "seed": 0, "merge": OmegaConf.load(CONF / f"{name}.yaml")})
-    config: Any = OmegaConf.to_container(content.merge, resolve=True)
-    method = bind(config, EXPERTS)
-    return method.function, method.hyper
+LAYERS, UPDATE = 28, 8e-4
 
 
 def orthomerge_by_svd(base: Tensor, experts: list[Tensor], hyper: dict[str, Any]) -> Tensor:
@@ -116,7 +105,8 @@ def main() -> None:
     together = options.batch if options.device != "cpu" else 1
     print(f"{options.layers} of {LAYERS} layers, {options.device}, {torch.get_num_threads()} threads", flush=True)
     for name in options.method:
-        function, hyper = keywords(name)
+        method = method_of(name)
+        function, hyper = method.function, method.hyper
         total = 0.0
         for module in options.module:
             seconds = 0.0

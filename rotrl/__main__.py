@@ -1,7 +1,7 @@
 """python -m rotrl: compose the configuration, run it, and turn every outcome into one exit code.
 
-0 done; 2 the input is at fault (one line, `error: ...`); 1 a bug (a traceback); 130 interrupted; 75 stopped by a
-scheduler (SIGTERM, SIGUSR1). After the last two the same command continues.
+0 done; 2 the input is at fault, or disk or memory is full (one line); 1 a bug (a traceback); 130 interrupted; 75
+stopped by a scheduler (SIGTERM, SIGUSR1). After the last two the same command continues.
 """
 
 import os

@@ -51,17 +51,17 @@ def _problems(cfg: Mapping[str, Any]) -> Iterator[str]:
     yield from _node("", cfg, config.hints())
     for group in config.GROUPS:
         yield from _node(group, cfg[group], config.hints(group))
-    evaluation, evidence, models = (_map(cfg[group]) for group in ("evaluation", "evidence", "models"))
+    evaluation, evidence = _map(cfg["evaluation"]), _map(cfg["evidence"])
     yield from _node("evaluation.sandbox", evaluation.get("sandbox"), _hints(SANDBOX[0]) | _hints(SANDBOX[1]))
     yield from _node("engine", cfg["engine"], engine_hints() if importlib.util.find_spec("vllm") else {})
     lightning = _hints("pytorch_lightning.trainer.trainer.Trainer") | get_type_hints(
         config.Trainer, include_extras=True
     )
     yield from _node("trainer", cfg["trainer"], lightning)
-    for group, kinds in ((models, ("experts", "controls", "prompts")), (evaluation, ("tasks",))):
+    for group, kinds in (("models", ("experts", "controls", "prompts")), ("evaluation", ("tasks",))):
         for kind in kinds:
-            for name, node in _map(group.get(kind)).items():
-                yield from _call(f"{'evaluation' if group is evaluation else 'models'}.{kind}.{name}", node)
+            for name, node in _map(_map(cfg[group]).get(kind)).items():
+                yield from _call(f"{group}.{kind}.{name}", node)
     yield from _call("job", cfg["job"])
     for key in ("geometry", "function"):
         yield from _stage(f"evidence.{key}", evidence.get(key))

@@ -1,5 +1,6 @@
 """`plan_only=true`: what would be read, computed, written and sampled. Touches nothing."""
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app import descent
-from rotrl.app.models import NotHere, locate_all
+from rotrl.app.models import NotHere
 from rotrl.app.preflight import preflight
 from rotrl.app.prepare import Prepared, check_words, prepare
-from rotrl.errors import CheckpointError
 
 
 def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
@@ -22,17 +22,14 @@ def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
     console = Console()
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a plan downloads nothing
     try:
-        locate_all(cfg["models"], download=False)
+        prepared = prepare(cfg)
     except NotHere as missing:
         methods, _ = check_words(cfg)
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)
         _evaluation(cfg, 1 + len(cfg["models"].get("experts") or {}) + len(methods), console)
         return
-    except CheckpointError:
-        pass  # told below, with all else that is wrong
-    prepared = prepare(cfg)
-    preflight(prepared, given or Path("outputs"))
+    preflight(prepared, given or Path("outputs", cfg["name"], "new"))  # named by a digest of all weights, not yet known
     _models(prepared, console)
     _stages(cfg, list(prepared.methods), console)
     _memory(prepared, console)
@@ -53,18 +50,11 @@ def _models(prepared: Prepared, console: Console) -> None:
     }
     for name, model in {"base": prepared.base, **prepared.experts, **prepared.controls, **others}.items():
         infos = model.tensors
-        size = sum(_numel(info.shape) * info.dtype.itemsize for info in infos.values())
+        size = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values())
         matrices = sum(role_of(key, info.shape).is_matrix for key, info in infos.items())
         dtypes = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
         table.add_row(name, str(len(infos)), str(matrices), f"{size / 1e9:.3f}", dtypes, str(model.path))
     console.print(table)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 def _stages(cfg: Mapping[str, Any], labels: list[str], console: Console) -> None:
@@ -82,7 +72,7 @@ def _align_details(align: Mapping[str, Any] | None) -> str:
         return ""
     keys = ("source", "teachers", "side", "steps")
     told = [f"{key} {align[key]}" for key in keys if key in align]
-    told += [f"control {label}" for label in align.get("controls") or {}]
+    told += [f"control {label}" for label, own in (align.get("controls") or {}).items() if own is not None]
     return " (" + ", ".join(told) + ")"
 
 

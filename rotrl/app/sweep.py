@@ -46,7 +46,8 @@ def show_table() -> None:
     from rotrl.report.sweep_table import sweep_table
 
     paths = [p for p in folder.glob("*/record.json") if p.parent.name.isdigit()]
-    records = [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+    paths.sort(key=lambda path: int(path.parent.name))  # a job that was refused has left no record
+    records = [json.loads(path.read_text()) | {"job": int(path.parent.name)} for path in paths]
     if records:
         sweep_table(records, console := Console())
         if page := render_sweep(records, folder):

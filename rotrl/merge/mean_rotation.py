@@ -14,14 +14,14 @@ from rotrl.linalg.small import given_turns, turns
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import shares
 from rotrl.merge.rotation import Given, lie_sum, on_one_side, on_the_right, with_residuals
-from rotrl.merge.types import Equivariant, NonNegative, Side, Within
+from rotrl.merge.types import Averaged, Equivariant, NonNegative, Side, Within
 
 Weights = Sequence[float] | None
 
 
 def lie_mean(
     base: Equivariant,
-    experts: Sequence[Tensor],
+    experts: Averaged,
     *,
     scale: float = 1.0,
     residual_scale: float = 1.0,
@@ -38,7 +38,7 @@ def lie_mean(
 
 def karcher_rotation(
     base: Equivariant,
-    experts: Sequence[Tensor],
+    experts: Averaged,
     *,
     scale: float = 1.0,
     residual_scale: float = 1.0,
@@ -71,7 +71,7 @@ def karcher_rotation(
 
 def chordal(
     base: Equivariant,
-    experts: Sequence[Tensor],
+    experts: Averaged,
     *,
     scale: float = 1.0,
     residual_scale: float = 1.0,

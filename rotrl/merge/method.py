@@ -14,7 +14,7 @@ from rotrl.checkpoint.rotations import Delta, Rotation
 from rotrl.errors import ConfigError, NumericsError
 from rotrl.merge.check import gram_faults, key_faults, per_layer_of, renamed, rotations_faults, value_at, weights_of
 from rotrl.merge.chunks import rows_of
-from rotrl.merge.linear import linear_rule
+from rotrl.merge.linear import linear_rule, shares
 from rotrl.merge.scale import GLOBAL, Merged, at_scale
 from rotrl.merge.signature import class_of, function_of, kind_of, parameters_of, unless_of
 from rotrl.merge.span import TALL, in_their_span
@@ -96,6 +96,11 @@ class Method:
         return get_type_hints(self.function).get("experts") == Pair
 
     @property
+    def averages(self) -> bool:
+        hint = get_type_hints(self.function, include_extras=True).get("experts")
+        return "averaged" in get_args(hint)
+
+    @property
     def kind(self) -> str:
         """What the function's base is: matrix, equivariant, slices, rows, or "" for any tensor."""
         return kind_of(self.function)
@@ -160,6 +165,8 @@ class Method:
             yield from ((base, experts, below) for (base, experts), below in zip(pieces, merged, strict=True))
             return
         else:
+            if self.averages:
+                hyper["weights"] = shares(hyper.get("weights"), count, positive=True)
             function, hyper = linear_rule(hyper, pair=self.merges_a_pair)
             parameters = parameters_of(function)
         given = {"rotation": rotation, "rotations": rotations, "statistics": statistics, "grams": grams}

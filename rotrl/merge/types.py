@@ -1,5 +1,6 @@
 """What a method's signature may say about itself: `bind` checks configurations against it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -35,5 +36,8 @@ Rows = Annotated[Tensor, "rows"]
 
 Pair = tuple[Tensor, Tensor]
 """The experts of a method for exactly two."""
+
+Averaged = Annotated[Sequence[Tensor], "averaged"]
+"""The experts of a method that gives their mean and not their sum; the linear rule for the rest does as it."""
 
 Side = Literal["left", "right"]

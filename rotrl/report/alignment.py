@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rotrl.report.paint import MARKERS, MODULES, MUTED, PALETTE
+from rotrl.report.evidence_figures import modules
+from rotrl.report.paint import MARKERS, MUTED, PALETTE
 from rotrl.report.standings import number
 from rotrl.report.words import percent, signed
 
@@ -32,7 +33,7 @@ def by_module(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["module"], row["side"]), []).append(row)
-    order = _modules(rows)
+    order = modules(rows)
     found = []
     for (module, side), own in sorted(groups.items(), key=lambda group: (order.index(group[0][0]), group[0][1])):
         known = {key: np.array([row[key] for row in own if row[key] is not None]) for key in FIGURES}
@@ -48,12 +49,6 @@ def by_module(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return found
-
-
-def _modules(rows: Sequence[Row]) -> list[str]:
-    """The kinds of matrices in the order that every table and figure has."""
-    found = {row["module"] for row in rows}
-    return [*(module for module in MODULES if module in found), *sorted(found.difference(MODULES))]
 
 
 def sentences(align: Mapping[str, Any]) -> list[str]:
@@ -93,7 +88,7 @@ def by_layer(record: Mapping[str, Any], run_dir: Path) -> Figure | None:
     first = ("angle_rms", 1.0, "rms angle, degrees") if turned else ("change", 100.0, "change of the weights, %")
     sides = sorted({row["side"] for row in rows})
     for axes, (key, unit, label) in zip(panels, (first, ("explained", 100.0, "update removed, %")), strict=True):
-        for k, module in enumerate(_modules(rows)):
+        for k, module in enumerate(modules(rows)):
             for side in sides:
                 own = [r for r in rows if (r["module"], r["side"]) == (module, side) and r[key] is not None]
                 _line(axes, own, key, unit, k, hollow=len(sides) > 1 and side == "left")

@@ -17,9 +17,9 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`key`, its `values`, `rows` (COLUMNS), `differences` (DIFFERENCES), how many merges were `tried` and the
     experts' `ceiling`, each on its own task; empty where no number was swept.
 
-    A model whose weights are the same at every value has one row, without a value. Jobs that differ in the seed alone
-    are averaged; they share their problems, so the ends of their intervals are averaged too: wide enough however the
-    jobs depend on each other. `lowest` and `highest` are the extremes over the seeds.
+    A model whose weights and score are the same at every value has one row, without a value. Jobs that differ in the
+    seed alone are averaged; they share their problems, so the ends of their intervals are averaged too: wide enough
+    however the jobs depend on each other. `lowest` and `highest` are the extremes over the seeds.
     """
     given = swept(records)
     key = swept_number(given)
@@ -104,17 +104,18 @@ def differences(
 
 
 def _flattened(cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]]) -> dict[Place, Any]:
-    """Models that are the same at every value, by their weights, in one place without a value, once for each seed."""
+    """Models of the same weights and score at every value in one place without a value, once for each seed."""
     found: dict[Place, Any] = {}
     for name in dict.fromkeys(name for name, _ in cells):
         own = {value: entries for (other, value), entries in cells.items() if other == name}
-        by_seed: dict[Any, dict[str, Any]] = {}
+        by_seed: dict[Any, dict[Any, Any]] = {}
         for entries in own.values():
             for row, record in entries:
                 weights = ((record.get("merges") or {}).get(row.model) or {}).get("sha256", row.model)
-                by_seed.setdefault((record.get("config") or {}).get(SEED), {}).setdefault(weights, (row, record))
-        if len(own) > 1 and all(len(weights) == 1 for weights in by_seed.values()):
-            found[name, ""] = [entry for weights in by_seed.values() for entry in weights.values()]
+                same = by_seed.setdefault((record.get("config") or {}).get(SEED), {})
+                same.setdefault((weights, row.mean), (row, record))
+        if len(own) > 1 and all(len(same) == 1 for same in by_seed.values()):
+            found[name, ""] = [entry for same in by_seed.values() for entry in same.values()]
         else:
             found |= {(name, value): entries for value, entries in own.items()}
     return found

@@ -91,7 +91,7 @@ def view(record: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         "against": _against(table, record),
         "notes": notes(record),
         "protocols": record.get("protocols") or [],
-        "jobs": len(record.get("config") or {}),
+        "jobs": record.get("jobs") or [],
         "curves": _curves(record.get("curves") or {}),
         "scores": record.get("scores") or [],
         "comparisons": record.get("comparisons") or [],

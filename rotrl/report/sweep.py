@@ -11,7 +11,8 @@ def as_one_record(records: list[dict[str, Any]]) -> tuple[dict[str, Any], list[s
     joined: dict[str, Any] = {"models": {"experts": {}}, "merges": {}, "scores": [], "comparisons": []}
     failures: list[str] = []
     seen: set[str] = set()
-    for job, (record, swept) in enumerate(zip(records, swept_keys(records), strict=True)):
+    for place, (record, swept) in enumerate(zip(records, swept_keys(records), strict=True)):
+        job = record.get("job", place)
         if record.get("status") != "done":
             failures.append(f"job {job} {f'({swept}) ' if swept else ''}{record.get('status')}: {record.get('error')}")
         names = {label: _name(label, swept, job, joined["merges"]) for label in record.get("merges") or {}}

@@ -26,7 +26,9 @@ def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
     kept = {key: records[0].get(key) for key in ("name", "rotrl", "versions", "device", "created")}
     models = (records[0].get("models") or {}) | {"controls": {}}
     failed = [
-        f"job {i} {record['status']}: {record.get('error')}" for i, record in enumerate(records) if not done(record)
+        f"job {record.get('job', i)} {record['status']}: {record.get('error')}"
+        for i, record in enumerate(records)
+        if not done(record)
     ]
     joined = (
         kept
@@ -35,6 +37,7 @@ def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
             "status": "failed" if failed else "done",
             "finished": records[-1].get("finished"),
             "models": models,
+            "jobs": [record.get("job", i) for i, record in enumerate(records) if done(record)],
             "command": "\n".join(str(record["command"]) for record in records if record.get("command")),
             "warnings": list(dict.fromkeys([*failed, *(text for r in records for text in r.get("warnings") or [])])),
             "config": {str(i): record.get("config") for i, record in enumerate(records)},

@@ -12,7 +12,7 @@ from rotrl.report.protocols import protocol_rows
 from rotrl.report.redact import redact
 from rotrl.report.standings import Interval, standings
 from rotrl.report.sweep import as_one_record
-from rotrl.report.table import STYLE, merges_table, new_table, say, scores_table, signs
+from rotrl.report.table import STYLE, fitting, merges_table, new_table, say, scores_table, signs
 from rotrl.report.words import merge_words, percent, plus_minus, points, points_span
 
 
@@ -81,8 +81,7 @@ def _curves(swept: Mapping[str, Any], console: Console) -> Table:
 def _differences(swept: Mapping[str, Any], console: Console) -> Table:
     """A line for each pair; with whole intervals where they fit the terminal, else with their larger half."""
     views = [_difference_table(swept, console, show) for show in (lambda d: f"{points(d)} ({points_span(d)})", within)]
-    wide = console.options.update(width=10_000)
-    return next((view for view in views if console.measure(view, options=wide).maximum <= console.width), views[-1])
+    return fitting(views, console)
 
 
 def _difference_table(swept: Mapping[str, Any], console: Console, show: Callable[[Interval], str]) -> Table:

@@ -69,14 +69,14 @@ def legend(table: Standings) -> str:
 
 
 def scores_table(table: Standings, console: Console, title: str, beside: Notes) -> Table:
-    return _fitting([_score_table(table, console, title, beside, *chosen) for chosen in FORMATS], console)
+    return fitting([_score_table(table, console, title, beside, *chosen) for chosen in FORMATS], console)
 
 
-def _fitting(views: Sequence[Table], console: Console) -> Table:
+def fitting(views: Sequence[Table], console: Console) -> Table:
     """The first that is no wider than the console, or else the last."""
     unbounded = console.options.update(width=10_000)
-    fitting = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
-    return next(fitting, views[-1])
+    narrow = (view for view in views if console.measure(view, options=unbounded).maximum <= console.width)
+    return next(narrow, views[-1])
 
 
 def _score_table(
@@ -133,7 +133,7 @@ def _geometry(geometry: Mapping[str, Any], console: Console) -> Table:
     """
     names = list(dict.fromkeys(str(row["expert"]) for row in geometry.get("rows") or []))
     experts = [name for name in names if name not in (geometry.get("references") or [])]
-    return _fitting([_geometry_table(geometry, console, names, whole) for whole in (names, experts, [])], console)
+    return fitting([_geometry_table(geometry, console, names, whole) for whole in (names, experts, [])], console)
 
 
 def _geometry_table(geometry: Mapping[str, Any], console: Console, names: Sequence[str], whole: Sequence[str]) -> Table:

@@ -74,6 +74,17 @@ def test_what_the_number_does_not_change_stands_once(records):
     assert found["tried"] == 5  # learned and tsv_m at two values, ties
 
 
+def test_equal_weights_with_other_scores_are_not_the_same(records):
+    """As where the problems are swept and not the merge."""
+    for record in records[2:]:
+        for row in record["scores"]:
+            for key in ("value", "low", "high"):
+                row[key] -= 0.1 * (row["model"] == "ties")
+    found = curves(records)
+    assert cell(found, "ties", "8")["mean"] - cell(found, "ties", "32")["mean"] == pytest.approx(0.1)
+    assert cell(found, "math", "")["jobs"] == 2
+
+
 def test_rotations_are_compared_with_every_other_merge_in_the_same_job(records):
     found = curves(records)["differences"]
     assert {row["a"] for row in found} == {"learned"}
@@ -108,11 +119,14 @@ def test_names_of_merges_are_kept_in_a_narrow_terminal(width, shown, records):
 def test_page_tables_and_figure(records, tmp_path):
     folder = tmp_path / "multirun"
     folder.mkdir()
+    for number, record in enumerate(records):
+        record["job"] = number + 1  # job 0 was refused and left no record
     page = render_sweep(records, folder)
     assert page is not None
     text = page.read_text()
     assert "Learned rotations minus other merges" in text
-    assert 'href="3/report.html"' in text
+    assert 'href="4/report.html"' in text
+    assert 'href="0/report.html"' not in text
     assert 'id="curves"' in text
     assert (folder / "curves.csv").read_text().count("\n") == 1 + len(curves(records)["rows"])
     assert sorted(path.name for path in (folder / "figures").iterdir()) == ["curves.png", "curves.svg"]
