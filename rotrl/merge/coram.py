@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from rotrl.linalg.procrustes import polar
 from rotrl.linalg.rotation import exp, log
-from rotrl.merge.types import NonNegative, Slices, Within
+from rotrl.merge.types import Count, NonNegative, Slices
 
 
 def coram(
@@ -17,7 +16,7 @@ def coram(
     experts: Sequence[Tensor],
     *,
     scale: float = 1.0,
-    height: Annotated[int, Within(1)] = 16,
+    height: Count = 16,
     kappa: NonNegative = 1.15,
 ) -> Tensor:
     """`W0 + scale kappa sqrt(T) (W_m - W0)`, W_m a mean of the experts by slices of `height` rows. arXiv 2608.17366.

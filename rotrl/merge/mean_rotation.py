@@ -4,7 +4,6 @@ R_k and E_k as in `rotation`, weights are divided by their sum. All three agree 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from rotrl.linalg.small import given_turns, turns
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import shares
 from rotrl.merge.rotation import Given, lie_sum, on_one_side, on_the_right, with_residuals
-from rotrl.merge.types import Averaged, Equivariant, NonNegative, Side, Within
+from rotrl.merge.types import Averaged, Count, Equivariant, NonNegative, Positive, Side
 
 Weights = Sequence[float] | None
 
@@ -42,8 +41,8 @@ def karcher_rotation(
     *,
     scale: float = 1.0,
     residual_scale: float = 1.0,
-    max_iter: Annotated[int, Within(1)] = 50,
-    tol: Annotated[float, Within(0, above=True)] = 1e-12,
+    max_iter: Count = 50,
+    tol: Positive = 1e-12,
     weights: Weights = None,
     side: Side = "right",
     anchor: NonNegative = 0.01,

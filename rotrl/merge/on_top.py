@@ -4,12 +4,12 @@
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rotrl.merge.types import Equivariant, Share, Within
+from rotrl.merge.types import Equivariant, Positive, Share
 
 
 def svc(
@@ -17,7 +17,7 @@ def svc(
     experts: Sequence[Tensor],
     *,
     merged: Tensor,
-    alpha: Annotated[float, Within(0, above=True)] = 0.1,
+    alpha: Positive = 0.1,
 ) -> Tensor:
     """Singular values calibrated against counting shared directions T times. arXiv 2602.05536.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rotrl.merge.linear import weighted_sum
-from rotrl.merge.types import Equivariant, Matrix, NonNegative, Share, Within
+from rotrl.merge.types import Equivariant, Matrix, NonNegative, Positive, Share, Within
 
 
 def resmerge(
@@ -50,7 +50,7 @@ def wudi(
     *,
     scale: float = 1.0,
     iters: Annotated[int, Within(0)] = 300,
-    lr: Annotated[float, Within(0, above=True)] = 1e-5,
+    lr: Positive = 1e-5,
 ) -> Tensor:
     """WUDI: `W0 + scale d`, d from `sum d_i` down `sum_i |(d - d_i) d_i^T|^2 / |d_i|^2` by Adam. arXiv 2503.08099.
 

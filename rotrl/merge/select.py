@@ -10,7 +10,7 @@ from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import elect
 from rotrl.merge.statistics import Overlap
 from rotrl.merge.summary import Bounds, Energies, Quartiles, importance, selected
-from rotrl.merge.types import Density, NonNegative, Rows, Within
+from rotrl.merge.types import Count, Density, NonNegative, Rows, Within
 
 Weights = Sequence[float] | None
 
@@ -19,7 +19,7 @@ def consensus(
     base: Rows,
     experts: Sequence[Tensor],
     *,
-    k: Annotated[int, Within(1)] = 2,
+    k: Count = 2,
     lam: NonNegative = 0.4,
     scale: float = 1.0,
     weights: Weights = None,

@@ -8,7 +8,7 @@ no unit vector is formed.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from rotrl.errors import NumericsError
 from rotrl.merge.linear import shares, weighted_sum
 from rotrl.merge.summary import Gram, inner_products
-from rotrl.merge.types import Pair, Rows, Within
+from rotrl.merge.types import Count, Pair, Positive, Rows
 
 Vectors = Literal["task", "model"]
 OPPOSITE = 1e-6
@@ -106,8 +106,8 @@ def karcher(
     base: Rows,
     experts: Sequence[Tensor],
     *,
-    max_iter: Annotated[int, Within(1)] = 10,
-    tol: Annotated[float, Within(0, above=True)] = 1e-5,
+    max_iter: Count = 10,
+    tol: Positive = 1e-5,
     weights: Sequence[float] | None = None,
     summary: Gram | None = None,
 ) -> Tensor:

@@ -1,7 +1,6 @@
 """Merges of singular subspaces of the task vectors `d_i = W_i - W0`, matrices only."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from rotrl.linalg.procrustes import polar
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
-from rotrl.merge.types import Density, Equivariant, Share, Within
+from rotrl.merge.types import Count, Density, Equivariant, Share
 
 Weights = Sequence[float] | None
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -79,7 +78,7 @@ def rewiring(
     experts: Sequence[Tensor],
     *,
     delta_fraction: Density = 0.01,
-    svd_rank: Annotated[int, Within(1)] = 128,
+    svd_rank: Count = 128,
     scale: float = 1.0,
     weights: Weights = None,
 ) -> Tensor:

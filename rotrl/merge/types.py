@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from rotrl.values import Count as Count
 from rotrl.values import Density as Density
 from rotrl.values import NonNegative as NonNegative
+from rotrl.values import Positive as Positive
 from rotrl.values import Share as Share
 from rotrl.values import Within as Within
 
