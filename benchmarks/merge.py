@@ -8,6 +8,7 @@ float64; the peer's random masks differ, there it tells nothing.
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -117,7 +119,7 @@ def models(folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     return open_checkpoint(folder / "base"), {name: open_checkpoint(folder / name) for name in EXPERTS}
 
 
-def peer_config(name: str, folder: Path, file: Path) -> None:
+def peer_config(name: str, folder: Path, file: Path, dtype: str) -> None:
     """mergekit's configuration for the same merge; its slerp takes one expert as the base."""
     base, experts = str(folder / "base"), [{"model": str(folder / name)} for name in EXPERTS]
     parameters = dict(PEERS[name])
@@ -126,7 +128,7 @@ def peer_config(name: str, folder: Path, file: Path) -> None:
         parameters = {}
     elif name != "slerp":
         experts = [{**expert, "parameters": {"weight": 1.0}} for expert in experts]
-    content = {"merge_method": name, "models": experts, "parameters": parameters, "dtype": "bfloat16"}
+    content = {"merge_method": name, "models": experts, "parameters": parameters, "dtype": dtype}
     if name in WITH_BASE:
         content["base_model"] = base
     if name == "slerp":
@@ -189,15 +191,22 @@ def copy(folder: Path, out: Path) -> None:
         os.fsync(target.fileno())
 
 
+def warm(folder: Path) -> None:
+    """Every page of the inputs in memory and touched: a virtual machine may charge the first touch to who makes it."""
+    for model in ("base", *EXPERTS):
+        np.memmap(folder / model / "model.safetensors", mode="r")[:: mmap.PAGESIZE].max()
+
+
 def measure(engine: str, name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     out = folder / f"out-{engine}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, __file__, str(folder), "--run", engine, name, "--dtype", options.dtype]
     command += ["--scope", options.scope] if options.scope else []
     if engine == "mergekit":
-        peer_config(name, folder, folder / "peer.json")
+        peer_config(name, folder, folder / "peer.json", options.peer_dtype)
         script = str(Path(options.mergekit).parent / "mergekit-yaml")
         command = [script, str(folder / "peer.json"), str(out), "--no-copy-tokenizer"]
+    warm(folder)
     cpu, wall, memory = timed(command, folder / f"{engine}.log")
     found = {"engine": engine, "method": name, "cpu": cpu, "wall": wall, "memory": memory}
     if engine != "copy":
@@ -211,7 +220,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment that has mergekit")
-    parser.add_argument("--dtype", default="float32", help="of rotrl's output; mergekit writes bfloat16")
+    parser.add_argument("--dtype", default="float32", help="of rotrl's output")
+    parser.add_argument("--peer-dtype", default="bfloat16", help="in which mergekit computes and writes")
     parser.add_argument("--methods", nargs="+", default=["copy", *PEERS], help="or all")
     parser.add_argument("--engines", nargs="+", default=["copy", "rotrl", "mergekit"])
     parser.add_argument("--scope", help="of every method, in place of its own: all merges embeddings too")
@@ -238,7 +248,11 @@ def main() -> None:
     print(
         f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
     )
-    written = f" {options.dtype}" + (f" {options.scope}" if options.scope else "")
+    written = {
+        "copy": "",
+        "rotrl": f" {options.dtype}" + (f" {options.scope}" if options.scope else ""),
+        "mergekit": f" {options.peer_dtype}",
+    }
     methods = every_method() if options.methods == ["all"] else options.methods
     for name in [name for name in methods if not (options.scope == "all" and name in WHOLE)]:
         for engine in options.engines:
@@ -246,14 +260,14 @@ def main() -> None:
                 name == "copy"
             ):
                 continue
-            key = f"{name} {engine}" + (written if engine == "rotrl" else "")
+            key = f"{name} {engine}{written[engine]}"
             if key not in results or options.again:
                 results[key] = measure(engine, name, folder, options)
                 file.write_text(json.dumps(results, indent=1))
             r = results[key]
             told = f"{r['error']:>9.2g} {r['floor']:>9.2g}" if "error" in r else ""
             print(f"{name:<22} {engine:<9} {r['cpu']:>7.1f} {r['wall']:>7.1f} {r['memory']:>8.2f} {told}", flush=True)
-        ours, peer = results.get(f"{name} rotrl{written}"), results.get(f"{name} mergekit")
+        ours, peer = (results.get(f"{name} {engine}{written[engine]}") for engine in ("rotrl", "mergekit"))
         if ours and peer:
             print(f"{name:<22} ratio     {ours['cpu'] / peer['cpu']:>7.2f}", flush=True)
 

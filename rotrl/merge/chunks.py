@@ -44,9 +44,9 @@ class Chunks(Sequence[Piece]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows = slice(index * self.rows, (index + 1) * self.rows) if self.models[0].ndim else ...
-        base, *experts = (model[rows].to(self.device).float() for model in self.models)
+        base, *experts = (model[rows].to(self.device, torch.float32) for model in self.models)
         if index in self._unchecked:
-            if not all(map(finite, (base, *experts))):
+            if not finite(base, *experts):
                 raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")
             self._unchecked.remove(index)
         return base, experts
@@ -55,15 +55,16 @@ class Chunks(Sequence[Piece]):
         return (self[index] for index in range(len(self)))
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: by the sum of squares, which is many times faster than isfinite on every entry.
+def finite(*tensors: Tensor) -> bool:
+    """Whether all values of tensors of one shape are finite: by inner products of two tensors each.
 
-    Where that overflows the extremes tell.
+    No NaN or Inf gets lost in a product or sum, and this takes a fraction of isfinite on every entry. Where a product
+    overflows the extremes tell.
     """
-    flat = tensor.flatten()
-    if flat.dtype.itemsize >= 4 and math.isfinite(float(torch.dot(flat, flat))):
+    flat = [tensor.flatten() for tensor in tensors]
+    if all(math.isfinite(float(torch.dot(a, b))) for a, b in zip(flat[::2], [*flat[1::2], flat[-1]], strict=False)):
         return True
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    return all(not x.numel() or all(bool(bound.isfinite()) for bound in x.aminmax()) for x in flat)
 
 
 def keep_freed_memory() -> None:

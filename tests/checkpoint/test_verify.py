@@ -56,6 +56,15 @@ def test_any_changed_byte_is_found_and_its_file_named(merged):
     verify(merged)
 
 
+@pytest.mark.parametrize("at", range(8))
+def test_a_header_length_beyond_all_memory_is_a_changed_byte(merged, at):
+    file = next(merged.glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:at] + bytes([content[at] ^ 0x7F]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=rf"{file.name}.* header has other bytes"):
+        verify(merged)
+
+
 @given(cut=st.integers(1, 200), more=st.binary(min_size=1, max_size=8))
 @settings(max_examples=20)
 def test_shorter_and_longer_files(cut, more, tmp_path_factory):

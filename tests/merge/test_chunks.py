@@ -97,3 +97,16 @@ def test_shapes_and_faults():
         assert len(list(pieces)) == len(pieces)
     with pytest.raises(NumericsError, match="NaN or Inf"):
         Chunks(torch.tensor([1.0, torch.inf]), [torch.zeros(2)], rows=None)[0]
+
+
+@given(
+    values=st.lists(st.floats(width=32), max_size=9),
+    others=st.floats(width=32, allow_nan=False),
+    count=st.integers(1, 4),
+)
+def test_finite_is_isfinite_of_every_value(values, others, count):
+    numbers = torch.tensor(values)
+    for place in range(count):
+        tensors = [torch.full((len(values),), others) for _ in range(count)]
+        tensors[place] = numbers
+        assert chunks.finite(*tensors) == all(bool(tensor.isfinite().all()) for tensor in tensors)
