@@ -48,7 +48,8 @@ def interpolation(base: Rows, experts: Pair, *, t: float = 0.5) -> Tensor:
 def model_stock(base: Rows, experts: Sequence[Tensor], *, summary: Gram | None = None) -> Tensor:
     """`W0 + t mean d_i` with `t = T cos / (1 + (T - 1) cos)`, cos the mean cosine of pairs of d_i. arXiv 2403.19522.
 
-    One t for each tensor. A single expert is kept as it is (t = 1).
+    One t for each tensor, -1 at least: cos = -1 / (T - 1), where the d_i cancel, is a pole. A single expert is kept as
+    it is (t = 1).
     """
     count = len(experts)
     if count == 1:
@@ -65,7 +66,8 @@ def _stock_ratio(summary: Gram) -> float:
     lengths = inner.diagonal().sqrt().clamp(min=torch.finfo(inner.dtype).tiny)
     unit = inner / lengths[:, None] / lengths
     cosine = float((unit.sum() - unit.trace()) / (count * (count - 1)))
-    return count * cosine / (1 + (count - 1) * cosine)
+    agreement = 1 + (count - 1) * cosine  # |sum of the unit vectors|^2 / T
+    return max(-1.0, count * cosine / agreement) if agreement > 0 else -1.0
 
 
 def linear_rule(hyper: Mapping[str, Any], *, pair: bool) -> tuple[Callable[..., Tensor], dict[str, Any]]:
@@ -75,8 +77,8 @@ def linear_rule(hyper: Mapping[str, Any], *, pair: bool) -> tuple[Callable[..., 
     """
     if pair and "t" in hyper:
         return interpolation, {"t": hyper["t"]}
-    known = {key: hyper[key] for key in ("scale", "weights") if key in hyper}
-    return task_arithmetic if "scale" in known else linear, known
+    rule, keys = (task_arithmetic, ("scale", "weights")) if "scale" in hyper else (linear, ("weights", "normalize"))
+    return rule, {key: hyper[key] for key in keys if key in hyper}
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

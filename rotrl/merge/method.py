@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from inspect import Parameter
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -97,8 +98,9 @@ class Method:
 
     @property
     def averages(self) -> bool:
+        """Whether it gives the experts' mean, by its nature or by its parameter `normalize`, and not their sum."""
         hint = get_type_hints(self.function, include_extras=True).get("experts")
-        return "averaged" in get_args(hint)
+        return "averaged" in get_args(hint) or self.hyper.get("normalize") is True
 
     @property
     def kind(self) -> str:
@@ -208,20 +210,26 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
         problems.append("no experts to merge; give models.experts")
     if hints.get("experts") == Pair and len(expert_names) != 2:
         problems.append(f"{function.__name__} merges two experts, not {len(expert_names)} ({', '.join(expert_names)})")
-    hyper = {key: value for key, value in config.items() if key in parameters}
+    hyper = {key: config.get(key, signature[key].default) for key in parameters}
+    problems += [f"merge.{key} is missing" for key, value in hyper.items() if value is Parameter.empty]
     if "weights" in hyper:
         hyper["weights"], faults = weights_of("weights", hyper["weights"], expert_names)
         problems += faults
     per_layer, faults = per_layer_of(config.get("per_layer"), parameters, expert_names)
     problems += faults
+    if "statistics" in signature:
+        whole = [key for key in ("threshold", "relative") if key in per_layer]
+        problems += [f"merge.per_layer.{key}: it counts for the whole model; use merge.{key}" for key in whole]
     if "gram" in sections:
         problems += gram_faults(config.get("gram", {}))
     if "rotations" in sections:
         problems += rotations_faults(config.get("rotations"), expert_names)
-    of = None
-    if on_top:
+    of, under = None, config.get("of") or {}
+    if on_top and not isinstance(under, Mapping):
+        problems.append(f"merge.of is {under!r}, which is no method; choose one by merge@merge.of=NAME")
+    elif on_top:
         try:
-            of = bind(config.get("of") or {}, expert_names)
+            of = bind(under, expert_names)
         except ConfigError as error:
             problems.append(renamed(error, "merge.of."))
     if problems:
@@ -240,17 +248,26 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
 
 def _rehearse(method: Method, count: int) -> None:
     """Raises what the function itself says to its parameters, before any stage: weights that sum to 0, say."""
-    maps = method.per_layer.get("weights") or {}
     generator = torch.Generator().manual_seed(0)
     base, *experts = torch.eye(4) + 0.01 * torch.randn(count + 1, 4, 4, generator=generator)
     given = {"factor": 1.0, "source": experts[0], "merged": experts[0]}
-    for weights in (method.hyper.get("weights"), *maps.values()):
+    for hyper in _variants(method):
         statistics = method.statistics()
         if statistics is not None:
             statistics.add([(base, experts)])
-        hyper = {**method.hyper, **({"weights": weights} if weights else {})}
         with suppress(NumericsError):
             replace(method, hyper=hyper, per_layer={})("", Role(0, "q"), base, experts, statistics=statistics, **given)
+
+
+def _variants(method: Method) -> Iterator[dict[str, Any]]:
+    """The parameters as they stand, and with what is given by layer: the ends of all lists, and each value of a map."""
+    yield method.hyper
+    lists = {key: values for key, values in method.per_layer.items() if isinstance(values, list)}
+    for end in (0, -1) if lists else ():
+        yield method.hyper | {key: values[end] for key, values in lists.items()}
+    for key, values in method.per_layer.items():
+        if isinstance(values, Mapping):
+            yield from (method.hyper | {key: value} for value in values.values())
 
 
 def tensor_seed(seed: int, tensor: str) -> int:

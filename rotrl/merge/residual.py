@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rotrl.merge.linear import weighted_sum
-from rotrl.merge.types import Equivariant, Matrix, NonNegative, Positive, Share, Within
+from rotrl.merge.types import Averaged, Equivariant, Matrix, NonNegative, Positive, Share, Within
 
 
 def resmerge(
     base: Equivariant,
-    experts: Sequence[Tensor],
+    experts: Averaged,
     *,
     scale: float = 1.0,
     softening: Share = 0.3,

@@ -8,7 +8,7 @@ no unit vector is formed.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from rotrl.errors import NumericsError
 from rotrl.merge.linear import shares, weighted_sum
 from rotrl.merge.summary import Gram, inner_products
-from rotrl.merge.types import Count, Pair, Positive, Rows
+from rotrl.merge.types import Averaged, Count, Pair, Positive, Rows
 
 Vectors = Literal["task", "model"]
 OPPOSITE = 1e-6
@@ -48,7 +48,7 @@ def _on_arc(gram: Gram, t: float) -> Tensor:
 
 def nuslerp(
     base: Rows,
-    experts: Pair,
+    experts: Annotated[Pair, "averaged"],
     *,
     vectors: Vectors = "task",
     axis: Literal["tensor", "row", "column"] = "tensor",
@@ -80,7 +80,7 @@ def _on_arcs(gram: Gram, vectors: Vectors, t: float) -> Tensor:
 
 def multislerp(
     base: Rows,
-    experts: Sequence[Tensor],
+    experts: Averaged,
     *,
     scale: float = 1.0,
     weights: Sequence[float] | None = None,

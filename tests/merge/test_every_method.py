@@ -156,7 +156,7 @@ def test_scope_matrices_leaves_the_rest_to_the_linear_rule(name, trio, method, o
     while rule.of is not None:
         rule = rule.of
     t = rule.hyper.get("t") if rule.merges_a_pair else None
-    scale = rule.hyper.get("scale", 0.5) / (2 if rule.averages else 1)
+    scale = rule.hyper.get("scale", 1.0) / (2 if rule.averages or "scale" not in rule.hyper else 1)
     for tensor, merged in states["matrices"].items():
         if role_of(tensor, merged.shape).is_matrix:
             if "all" in states:
@@ -170,10 +170,33 @@ def test_scope_matrices_leaves_the_rest_to_the_linear_rule(name, trio, method, o
         method(name, scope="matrixes")
 
 
+AVERAGING = ("ties", "della", "knots_ties", "nuslerp", "multislerp", "lie_mean", "karcher_rotation", "chordal")
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_equal_experts_give_that_expert_in_every_tensor_of_a_mean(name, trio, method):
+    base, (expert, _) = trio[0], trio[1].values()
+    density = {"density": 1.0} if "density" in method(name).hyper else {}
+    merged = merge_state(base, {"math": expert, "code": expert}, method(name, scope="matrices", **density))
+    for tensor, found in merged.items():
+        torch.testing.assert_close(found, expert.read(tensor), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_that_are_left_out_have_their_defaults(name, trio, method, shipped, of_stages):
+    needed = {key: value for key, value in shipped(name).items() if key in ("_target_", "of", "scope", "gram")}
+    plain, bare = method(name), bind(needed, ["math", "code"])
+    assert (bare.hyper, bare.scale, bare.passes) == (plain.hyper, plain.scale, plain.passes)
+    state, expected = (merge_state(*trio, each, **of_stages(each)) for each in (bare, plain))
+    assert all(torch.equal(state[tensor], expected[tensor]) for tensor in expected)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_parameter_that_is_the_same_everywhere_is_the_parameter(name, trio, method, of_stages):
     plain = method(name)
     numbers = {key: value for key, value in plain.hyper.items() if isinstance(value, float)}
+    if plain.statistics():
+        numbers.pop("threshold")  # of the whole model
     given = of_stages(plain)
     expected = merge_state(*trio, plain, **given)
     by_depth = {key: [value, value] for key, value in numbers.items()}
@@ -187,4 +210,4 @@ def test_a_parameter_that_is_the_same_everywhere_is_the_parameter(name, trio, me
             method(name, per_layer=wrong)
     if numbers:
         with pytest.raises(ConfigError, match=r"'qq' is neither a module"):
-            merge_state(*trio, method(name, per_layer={next(iter(numbers)): {"qq": 0.5}}), **given)
+            merge_state(*trio, method(name, per_layer={key: {"qq": value} for key, value in numbers.items()}), **given)

@@ -63,7 +63,7 @@ def test_model_stock(seed, count):
         d[i] @ d[j] / np.linalg.norm(d[i]) / np.linalg.norm(d[j]) for i in range(count) for j in range(count) if i != j
     ]
     cosine = np.mean(cosines)
-    t = count * cosine / (1 + (count - 1) * cosine)
+    t = max(-1, count * cosine / (1 + (count - 1) * cosine))
     close(run(model_stock, base, experts), t * sum(experts) / count + (1 - t) * base)
 
 
@@ -74,6 +74,16 @@ def test_model_stock_of_two_is_the_papers_special_case():
     close(run(model_stock, base, experts), base)
     t = 2 * 0.5**0.5 / (1 + 0.5**0.5)
     close(run(model_stock, base, [experts[0], experts[0] + experts[1]]), t * np.array([[1, 0.5], [0, 0]]))
+
+
+def test_model_stock_of_updates_that_cancel_is_the_base():
+    """The formula has its pole there; near it t is held at -1."""
+    base, d = np.zeros((2, 2)), np.array([[1.0, 0], [0, 0]])
+    close(run(model_stock, base, [d, -d]), base)
+    close(run(model_stock, base, [d, -d + 1e-3 * np.eye(2)[::-1]]), -0.5e-3 * np.eye(2)[::-1])
+    third = 2 * np.pi / 3
+    around = [np.array([[np.cos(k * third), np.sin(k * third)]]) for k in range(3)]
+    close(run(model_stock, np.zeros((1, 2)), around), np.zeros((1, 2)))
 
 
 def oracle_ties(base, experts, density, scale, weights, normalize):

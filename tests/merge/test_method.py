@@ -56,6 +56,9 @@ def test_all_faults_are_told_at_once(shipped):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
+        ("ties", {"per_layer": {"threshold": {"q": "model"}}}),
+        ("ram_plus", {"per_layer": {"threshold": {"q": 1.0}}}),
+        ("svc", {"of": "ties"}),
         ("ties", {"density": -3}),
         ("ties", {"density": 0}),
         ("ties", {"density": True}),
@@ -105,6 +108,11 @@ def test_wrong_values(name, change, shipped):
     assert f"merge.{next(iter(change))}" in refusal({**shipped(name), **change})
 
 
+@pytest.mark.parametrize("density", [[0.5, 0.95], {"q": 0.95}])
+def test_values_by_layer_that_do_not_go_together(density, shipped):
+    assert "merge.density=0.95 and merge.epsilon=0.15" in refusal(shipped("della", per_layer={"density": density}))
+
+
 @pytest.mark.parametrize(
     "target", ["", "ties", "rotrl.merge.sparse.tyes", "no.such.module.f", "rotrl.merge.sparse.trim"]
 )
@@ -141,7 +149,9 @@ def test_other_tensors_of_a_path_go_by_the_chord(method):
 
 
 def test_scope_of_elementwise_methods(method):
-    assert torch.equal(call(method("ties", scope="matrices", scale=1.0), NORM, (4,)), torch.full((4,), 4.0))
+    assert torch.equal(call(method("ties", scope="matrices", scale=1.0), NORM, (4,)), torch.full((4,), 2.0))
+    added = method("ties", scope="matrices", scale=1.0, normalize=False)
+    assert torch.equal(call(added, NORM, (4,)), torch.full((4,), 4.0))
     assert torch.equal(call(method("ties", scope="all", scale=1.0), NORM, (4,)), torch.full((4,), 2.0))
 
 
