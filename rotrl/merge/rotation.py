@@ -5,6 +5,7 @@ this rotation does not explain. A left rotation is a right one of the transposed
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Annotated, Literal
 
 import torch
@@ -99,14 +100,56 @@ def lie_sum(
     rotations: Given = None,
 ) -> Tensor:
     """Sum in the Lie algebra: `W0 exp(scale sum w_k log R_k) + scale residual_scale sum w_k E_k`."""
+
+    def together(found: Turns, powers: Sequence[Turn]) -> Turn:
+        return found.exp(found.combined(powers))
+
+    w = [scale * weight for weight in weights or [1.0] * len(experts)]
+    return _turned(together, base, experts, w, residual_scale, side, anchor, rotations)
+
+
+def sequential(
+    base: Equivariant,
+    experts: Sequence[Tensor],
+    *,
+    scale: float = 1.0,
+    residual_scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    side: Side = "right",
+    anchor: NonNegative = 0.01,
+    rotations: Given = None,
+) -> Tensor:
+    """One rotation after the other: `W0 R_1^{scale w_1} ... R_T^{scale w_T} + scale residual_scale sum w_k E_k`.
+
+    In the order of the experts; lie_sum where rotations commute. What it gives in another order is how far they don't.
+    """
+
+    def in_turn(found: Turns, powers: Sequence[Turn]) -> Turn:
+        whole = reduce(found.compose, [found.exp(power, rows=power.theta.shape[-1]) for power in powers])
+        return Turn(whole.theta[..., : found.rank, :], whole.of)
+
+    w = [scale * weight for weight in weights or [1.0] * len(experts)]
+    return _turned(in_turn, base, experts, w, residual_scale, side, anchor, rotations)
+
+
+def _turned(
+    rule: Callable[[Turns, Sequence[Turn]], Turn],
+    base: Tensor,
+    experts: Sequence[Tensor],
+    w: Sequence[float],
+    residual_scale: float,
+    side: Side,
+    anchor: float,
+    rotations: Given,
+) -> Tensor:
+    """W0 turned by what `rule` makes of the generators w_k log R_k, and the residuals."""
     side, given = on_one_side(rotations, side)
 
     def merged(w0: Tensor, *ws: Tensor) -> Tensor:
-        vectors = [w - w0 for w in ws]
+        vectors = [x - w0 for x in ws]
         found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
-        shares = [scale * weight for weight in weights or [1.0] * len(ws)]
-        rotated = found.exp(found.combined([found.log(q) for q in found.generators], shares))
-        return w0 + with_residuals(found, rotated, vectors, [residual_scale * share for share in shares])
+        powers = [found.combined([found.log(q)], [share]) for q, share in zip(found.generators, w, strict=True)]
+        return w0 + with_residuals(found, rule(found, powers), vectors, [residual_scale * share for share in w])
 
     return on_the_right(merged, [base, *experts], side)
 

@@ -21,7 +21,16 @@ from rotrl.checkpoint.writer import MANIFEST
 
 QUIET = ("evidence=none", "evaluation=none", "logger=none")
 Q = "model.layers.0.self_attn.q_proj.weight"
-ROTATIONS = ("orthomerge", "lie_sum", "lie_mean", "geodesic", "chordal", "karcher_rotation", "split_task_arithmetic")
+ROTATIONS = (
+    "orthomerge",
+    "lie_sum",
+    "sequential",
+    "lie_mean",
+    "geodesic",
+    "chordal",
+    "karcher_rotation",
+    "split_task_arithmetic",
+)
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -108,7 +117,9 @@ def test_zero_and_rank_deficient_matrices_have_a_merge(method, trio, typed) -> N
     folder = trio(without_rank)
     shutil.rmtree(folder / "code")
     shutil.copytree(folder / "math", folder / "code")
-    scale = {"geodesic": "merge.t=0.5", "lie_sum": "merge_scale=mean"}.get(method, "merge_scale=1")
+    scale = {"geodesic": "merge.t=0.5", "lie_sum": "merge_scale=mean", "sequential": "merge_scale=mean"}.get(
+        method, "merge_scale=1"
+    )
     code, line = typed(*merge(folder, f"merge={method}", scale))
     assert code == 0, line
     merged, math = (open_checkpoint(folder / name) for name in ("out", "math"))

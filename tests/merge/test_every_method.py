@@ -26,7 +26,7 @@ METHODS = sorted(
     if "\n_target_:" in path.read_text()
 )
 # The order of experts has a meaning, or each expert has its own draw.
-ORDERED = {"slerp", "interpolation", "geodesic", "geodesic_aligned"}
+ORDERED = {"slerp", "interpolation", "geodesic", "geodesic_aligned", "sequential"}
 WHOLE = {"wudi", "regmean"}  # merge no embeddings
 DRAWN = {"dare_linear", "dare_ties", "della", "della_linear"}
 

@@ -17,7 +17,7 @@ from rotrl.linalg.rotation import exp
 from rotrl.merge.engine import merge, merge_state, plan_merge
 from rotrl.merge.given import from_samples
 from rotrl.merge.mean_rotation import chordal, karcher_rotation, lie_mean
-from rotrl.merge.rotation import learned, lie_sum
+from rotrl.merge.rotation import learned, lie_sum, sequential
 
 SEEDS = st.integers(0, 10**6)
 SIDED = pytest.mark.parametrize("side", ["left", "right"])
@@ -81,6 +81,14 @@ def test_lie_sum_of_frames(shape, seed, weights):
     np.testing.assert_allclose(lie_sum(base, experts, weights=weights, rotations=mixed), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("frames", [False, True])
+def test_sequential(frames):
+    base, experts, rotations, dense = problem((9, 3), 5, count=3, frames=frames, side="left")
+    rest = sum(e - r @ base for e, r in zip(experts, dense, strict=True))
+    expected = dense[2] @ dense[1] @ dense[0] @ base + rest
+    np.testing.assert_allclose(sequential(base, experts, rotations=rotations), expected, atol=1e-9)
+
+
 @pytest.mark.parametrize("function", MEANS)
 @pytest.mark.parametrize("frames", [False, True])
 def test_means(function, frames):
@@ -106,7 +114,7 @@ def test_means(function, frames):
 def test_closed_form_rotations_that_are_given_give_the_closed_form_merge(shape, side):
     base, experts, _, _ = problem(shape, 3)
     found = [Rotation(**{side: procrustes(base, e, side=side, anchor=0.01)}) for e in experts]
-    for function in (lie_sum, *MEANS):
+    for function in (lie_sum, sequential, *MEANS):
         hyper = {"scale": 0.8, "residual_scale": 0.5}
         expected = function(base, experts, side=side, anchor=0.01, **hyper)
         np.testing.assert_allclose(function(base, experts, rotations=found, **hyper), expected, atol=1e-9)

@@ -25,6 +25,7 @@ from rotrl.merge.rotation import (
     learned,
     lie_sum,
     orthomerge,
+    sequential,
     split_task_arithmetic,
 )
 from rotrl.merge.subspace import iso_c, tsv_m
@@ -116,6 +117,36 @@ def test_lie_sum(side, shape, seed, weights, scale):
     np.testing.assert_allclose(actual, expected, atol=1e-8)
 
 
+def in_turn(base, rotations, weights, side):
+    """The first expert's rotation is applied first."""
+    for c, r in zip(weights, rotations, strict=True):
+        base = turn(base, scipy.linalg.expm(c * scipy.linalg.logm(r).real), side)
+    return base
+
+
+@SIDED
+@SHAPED
+@given(seed=SEEDS, weights=st.lists(st.floats(0.2, 2), min_size=3, max_size=3), scale=st.floats(0, 1))
+def test_sequential(side, shape, seed, weights, scale):
+    base, experts = models(shape, seed, count=3, size=0.1)
+    rotations, amounts = [fit(base, w, side, 0.01) for w in experts], [scale * c for c in weights]
+    rest = sum(c * (w - turn(base, r, side)) for c, w, r in zip(amounts, experts, rotations, strict=True))
+    expected = in_turn(base, rotations, amounts, side) + 0.7 * rest
+    actual = run(sequential, base, experts, side=side, weights=weights, scale=scale, residual_scale=0.7)
+    np.testing.assert_allclose(actual, expected, atol=1e-8)
+
+
+@SHAPED
+def test_the_order_of_a_sequence_matters_to_second_order(shape):
+    base, experts = models(shape, size=1.0)
+
+    def difference(h):
+        ws = [base + h * (w - base) for w in experts]
+        return np.linalg.norm(run(sequential, base, ws) - run(sequential, base, ws[::-1]))
+
+    assert slope(difference) == pytest.approx(2, abs=0.15)
+
+
 @SIDED
 @SHAPED
 @given(seed=SEEDS, t=st.floats(0, 1))
@@ -193,7 +224,7 @@ def test_iso_c(shape, seed, scale):
 
 def test_experts_that_equal_the_base_change_nothing():
     base, _ = models((3, 7))
-    for function in (tsv_m, iso_c, orthomerge, lie_sum, geodesic, split_task_arithmetic):
+    for function in (tsv_m, iso_c, orthomerge, lie_sum, sequential, geodesic, split_task_arithmetic):
         np.testing.assert_allclose(run(function, base, [base, base]), base, atol=1e-12)
 
 
@@ -290,7 +321,7 @@ def test_unanchored_reflections_are_refused():
 
 @SIDED
 @SHAPED
-@pytest.mark.parametrize("function", [orthomerge, lie_sum, geodesic])
+@pytest.mark.parametrize("function", [orthomerge, lie_sum, sequential, geodesic])
 def test_large_updates_are_solved_exactly(function, side, shape, monkeypatch):
     """By singular values where the update is not small; both ways give the same merge."""
     base, experts = models(shape, seed=1)
@@ -300,7 +331,7 @@ def test_large_updates_are_solved_exactly(function, side, shape, monkeypatch):
 
 
 @SIDED
-@pytest.mark.parametrize("function", [orthomerge, lie_sum, geodesic, split_task_arithmetic])
+@pytest.mark.parametrize("function", [orthomerge, lie_sum, sequential, geodesic, split_task_arithmetic])
 def test_no_matrix_is_larger_than_the_models(function, side):
     """A rotation of the long side would be 90 x 90."""
     shape = (4, 90) if side == "right" else (90, 4)

@@ -24,6 +24,7 @@ EQUIVARIANT = (
     "split_task_arithmetic",
     "orthomerge",
     "lie_sum",
+    "sequential",
     "lie_mean",
     "karcher_rotation",
     "chordal",
@@ -33,7 +34,16 @@ EQUIVARIANT = (
     "subspace_boosting",
     "spectrum_projection",
 )
-SIDES = ("split_task_arithmetic", "orthomerge", "lie_sum", "lie_mean", "karcher_rotation", "chordal", "geodesic")
+SIDES = (
+    "split_task_arithmetic",
+    "orthomerge",
+    "lie_sum",
+    "sequential",
+    "lie_mean",
+    "karcher_rotation",
+    "chordal",
+    "geodesic",
+)
 FULL_RANK = ("tsv_m", "iso_c", "iso_cts", "rewiring", "subspace_boosting")  # fill null spaces arbitrarily
 
 
