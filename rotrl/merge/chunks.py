@@ -44,7 +44,8 @@ class Chunks(Sequence[Piece]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows = slice(index * self.rows, (index + 1) * self.rows) if self.models[0].ndim else ...
-        base, *experts = (model[rows].to(self.device, torch.float32) for model in self.models)
+        # One call for both would convert on the CPU first, and copy twice the bytes of bfloat16.
+        base, *experts = (model[rows].to(self.device).to(torch.float32) for model in self.models)
         if index in self._unchecked:
             if not finite(base, *experts):
                 raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")

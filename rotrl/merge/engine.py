@@ -118,9 +118,9 @@ def merge(
     """Writes the merged checkpoint to `target`, or reuses what is there from the same inputs.
 
     `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `rounding` stochastic
-    keeps the mean of updates smaller than the dtype's steps. `device` (auto: all GPUs, else cpu) is where tensors are
-    merged that are merged whole; work by rows takes less time than its way to a GPU. `table` is Markdown for the card.
-    A run that was killed goes on after its last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
+    keeps the mean of updates smaller than the dtype's steps. `device` (auto: all GPUs, else cpu) is where matrices are
+    merged; vectors and work by rows take less time than their way to a GPU. `table` is Markdown for the card. A run
+    that was killed goes on after its last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
     effective_coefficient (along sum d_i), coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|),
     storage_loss, warnings.
     """

@@ -86,6 +86,11 @@ class Merger:
         acts = self.method.acts_on(self.roles[name], len(self.base.tensors[name].shape))
         return acts and self.method.kind == "equivariant" and self.rows(name) is not None
 
+    def place(self, name: str, device: str) -> str:
+        """Where a tensor is merged: vectors and rows not in a span take less time than their way to a GPU."""
+        vector = len(self.base.tensors[name].shape) < 2
+        return "cpu" if vector or (self.rows(name) is not None and not self.in_span(name)) else device
+
     def prepare(self, device: str = "cpu") -> None:
         """Makes the first passes that the method and those below it need, on this device."""
         self._device = device
@@ -149,7 +154,7 @@ class Merger:
             return None
         sums = Sums(len(self.experts))
         for name in self.base.tensors:
-            for part in self._parts(name, self._device, 1.0):
+            for part in self._parts(name, self.place(name, self._device), 1.0):
                 sums.add(*part)
         return sums.factor(rule)
 

@@ -17,7 +17,7 @@ from rotrl.merge.merger import Merger
 
 
 def devices(device: str) -> list[str]:
-    """Where whole tensors are merged in turn, by the configuration's `device`: auto is all GPUs, or the processor.
+    """Where matrices are merged in turn, by the configuration's `device`: auto is all GPUs, or the processor.
 
     A GPU stands there twice: while it merges one tensor the next is read and copied to it.
     """
@@ -44,21 +44,18 @@ class Stream:
         """What was measured, the weights' sha256 and the manifest's entries; goes on where a run of this key ended."""
         keep_freed_memory()
         total, names = Measure(list(self.merger.experts)), list(self.merger.base.tensors)
-        # Work by rows takes less time than its way to a GPU, but for that in a span.
-        span = self.devices[0] != "cpu"
-        whole = [name for name in names if self.merger.rows(name) is None or (span and self.merger.in_span(name))]
+        away = [name for name in names if self.merger.place(name, self.devices[0]) != "cpu"]
         jobs: dict[str, Future[tuple[list[Tensor], Measure]]] = {}
-        # On one stream the copy of the next tensor would wait for the merge of this one.
-        streams = [None if device == "cpu" else torch.cuda.Stream(device) for device in self.devices]
+        streams = _streams(self.devices if away else [])
         self.merger.prepare(self.devices[0])  # before the threads ask for it
 
         def parts_of(name: str) -> Iterator[Tensor]:
-            if name in whole:
-                first = whole.index(name)
-                for i in range(first, min(first + len(self.devices), len(whole))):
-                    if whole[i] not in jobs:
+            if name in away:
+                first = away.index(name)
+                for i in range(first, min(first + len(self.devices), len(away))):
+                    if away[i] not in jobs:
                         turn = i % len(self.devices)
-                        jobs[whole[i]] = pool.submit(self._merged, whole[i], dtype, self.devices[turn], streams[turn])
+                        jobs[away[i]] = pool.submit(self._merged, away[i], dtype, self.devices[turn], streams[turn])
                 parts, own = jobs[name].result()
                 jobs[name] = Future()  # done, and its memory with it
                 yield from parts
@@ -82,7 +79,7 @@ class Stream:
         self.merger.prepare(self.devices[0])
         total = Measure(list(self.merger.experts))
         for name in names:
-            for _ in self._measured(name, dtype, total, self.devices[0]):
+            for _ in self._measured(name, dtype, total, self.merger.place(name, self.devices[0])):
                 pass
         return total.storage_loss
 
@@ -101,3 +98,12 @@ class Stream:
                 word = str(dtype).removeprefix("torch.")
                 raise NumericsError(f"tensor '{name}': values overflow {word}; use dtype=float32")
             yield stored
+
+
+def _streams(devices: Sequence[str]) -> list[torch.cuda.Stream | None]:
+    """A stream for each turn: on one of both the copy of the next tensor would wait for the merge of this one."""
+    gpus = [device for device in devices if torch.device(device).type == "cuda"]
+    for device in gpus:
+        # CUDA's linear algebra is loaded by the first call, which fails where two threads make it at once.
+        torch.linalg.inv(torch.eye(2, device=device))
+    return [torch.cuda.Stream(device) if device in gpus else None for device in devices]

@@ -244,7 +244,7 @@ def test_another_machine_goes_on_and_the_first_is_not_disturbed(lives, root, ref
 def test_whole_tensors_on_three_devices_in_turn_are_those_of_one(root, monkeypatch):
     models = {name: open_checkpoint(root / name) for name in ("base", *EXPERTS)}
     base, tsv_m = models.pop("base"), bind({"_target_": "rotrl.merge.subspace.tsv_m"}, EXPERTS)
-    for name, devices in (("one", ["cpu"]), ("three", ["cpu"] * 3)):
+    for name, devices in (("one", ["cpu"]), ("three", ["cpu:0"] * 3)):
         monkeypatch.setattr("rotrl.merge.engine.devices", lambda _, devices=devices: devices)
         merge(base, models, tsv_m, Path(root) / name / "out", dtype="float32")
     assert contents(root / "one" / "out") == contents(root / "three" / "out")
