@@ -20,6 +20,7 @@ from rotrl.app.stage import Stages, digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
+from rotrl.memory import free_gpu_memory
 from rotrl.merge.given import from_samples
 from rotrl.report.record import Record
 
@@ -160,6 +161,7 @@ def fit(
     inputs.append({name: file_sha256(path) for name, path in (files or {}).items()})
 
     def produce(out: Path) -> dict[str, Any]:
+        free_gpu_memory()  # the models of another fit
         with job.bar(name) as progress:
             stage = instantiate(settings, _convert_="all")
             return stage(models.base, models.experts, out / folder, rollouts=files, progress=progress, **shared)

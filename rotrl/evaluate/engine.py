@@ -21,6 +21,7 @@ from rotrl.evaluate.engine_process import Died, EngineProcess, child_environment
 from rotrl.evaluate.engine_settings import device_groups, must_agree
 from rotrl.evaluate.folder import architecture, context_length, hidden_size, signature
 from rotrl.evaluate.sampling import Completion, Request, Sampling
+from rotrl.memory import free_gpu_memory
 
 MAX_RESTARTS = 16
 SHRINK = 8  # requests in flight after each death: a killer among 512 is alone after three more
@@ -136,6 +137,7 @@ class Engine:
     def _start(self, place: int) -> EngineProcess:
         order = {"model": str(self.model.resolve()), "arguments": self._arguments, "engines": len(self._devices)}
         log = self._log.with_suffix(f".{place}{self._log.suffix}") if place else self._log
+        free_gpu_memory()
         return EngineProcess(self._command(), order, child_environment(self._threads, self._devices[place]), log)
 
     def _share_of_cores(self, model_dir: Path) -> int | None:

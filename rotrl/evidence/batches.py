@@ -30,7 +30,9 @@ def free_bytes(device: str) -> int:
     """What batches may take."""
     if torch.device(device).type != "cuda":
         return CPU_BYTES
-    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    # What torch keeps of freed tensors is not free to the driver, and is to torch.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 def matrix_bytes(shape: Sequence[int], updates: int, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ from rotrl.evidence.divergence import Divergence, load_model
 from rotrl.evidence.nulls import seeded
 from rotrl.evidence.variants import Matrix, Variant, nothing
 from rotrl.linalg.spectrum import Basis
+from rotrl.memory import free_gpu_memory
 
 CHUNK = 1 << 20  # entries in float64 at a time
 
@@ -73,8 +74,7 @@ class Trial:
     def release(self) -> None:
         """Frees the models in memory: another expert or an engine that samples needs it."""
         self.divergence, self.model, self.state = None, None, {}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_gpu_memory()
 
     @contextmanager
     def on_disk(self, part: str, variant: Variant | None, folder: Path) -> Iterator[str]:

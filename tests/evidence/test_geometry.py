@@ -197,6 +197,13 @@ def test_batches_hold_one_shape_and_respect_a_budget(monkeypatch):
     assert {len(names) for names in batches(shapes, **options)} == {1}
 
 
+def test_what_torch_keeps_of_freed_tensors_is_room_for_batches(monkeypatch):
+    told = {"mem_get_info": (20, 100), "memory_reserved": 70, "memory_allocated": 10}
+    for name, value in told.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    assert batches_module.free_bytes("cuda:1") == int(batches_module.GPU_SHARE * 80)
+
+
 def test_bands_suite_and_pairs_of_noise_and_of_a_rotation(family, base):
     """Two runs of one recipe share half of their rotation; noise shares nothing and lies evenly over the bands."""
     base = {name: W.bfloat16() for name, W in base.items()}
