@@ -14,6 +14,7 @@ from torch import Tensor
 from rotrl.checkpoint.adapter import is_adapter, names_its_base, open_adapter
 from rotrl.checkpoint.header import TensorInfo
 from rotrl.checkpoint.layout import by_structure, role_of
+from rotrl.checkpoint.model_config import with_text
 from rotrl.checkpoint.reader import Checkpoint, check_family, named, open_checkpoint
 from rotrl.checkpoint.tokens import token_faults, token_map
 from rotrl.errors import CheckpointError, ConfigError
@@ -122,7 +123,7 @@ def _untied(model: Checkpoint, head: str) -> Checkpoint:
     derived = {head: model.derived[embedding]} if embedding in model.derived else {}
     return replace(
         model,
-        config={**model.config, "tie_word_embeddings": False},
+        config=_with_tie(model, False),
         tensors=dict(sorted({**model.tensors, head: copy}.items())),
         derived={**model.derived, **derived},
     )
@@ -136,7 +137,12 @@ def _tied(model: Checkpoint, head: str) -> Checkpoint:
             "use lm_head=untie"
         )
     kept = {name: info for name, info in model.tensors.items() if name != head}
-    return replace(model, config={**model.config, "tie_word_embeddings": True}, tensors=kept)
+    return replace(model, config=_with_tie(model, True), tensors=kept)
+
+
+def _with_tie(model: Checkpoint, tied: bool) -> dict:
+    """Of nested configurations transformers 4 reads the inner value, 5 the outer."""
+    return with_text({**model.config, "tie_word_embeddings": tied}, "tie_word_embeddings", tied)
 
 
 def _rows(models: dict[str, Checkpoint], choice: str) -> dict[str, Checkpoint]:
@@ -179,7 +185,7 @@ def _resized(model: Checkpoint, rows: int, change_of: Callable[[str], Callable[[
         before, change = model.derived.get(name), change_of(name)
         derived[name] = change if before is None else lambda stored, b=before, c=change: c(b(stored))
         tensors[name] = replace(info, shape=(rows, *info.shape[1:]))
-    return replace(model, config={**model.config, "vocab_size": rows}, tensors=tensors, derived=derived)
+    return replace(model, config=with_text(model.config, "vocab_size", rows), tensors=tensors, derived=derived)
 
 
 def _tokenizer(models: dict[str, Checkpoint], choice: str) -> dict[str, Checkpoint]:

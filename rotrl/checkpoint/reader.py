@@ -14,26 +14,9 @@ from torch import Tensor
 
 from rotrl.checkpoint.header import TensorInfo, config_faults, read_json, tensors_of
 from rotrl.checkpoint.layout import role_of
+from rotrl.checkpoint.model_config import REMEDIES, config_differences, of_text
 from rotrl.checkpoint.tokens import token_faults
 from rotrl.errors import CheckpointError
-
-SIZES = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-# Compared where both models say them: versions of transformers differ in which defaults they write.
-FUNCTIONS = ("hidden_act", "rms_norm_eps", "use_sliding_window", "layer_types")
-REMEDIES = {
-    "vocab_size": "vocab=pad or truncate makes them equal",
-    "tie_word_embeddings": "lm_head=tie or untie makes them equal",
-}
 
 
 @dataclass(frozen=True)
@@ -153,7 +136,7 @@ def _with_one_head(model: Checkpoint) -> Checkpoint:
     CheckpointError where config and tensors disagree: one engine would load the head, another the embedding.
     """
     head, embedding = named(model, "head"), named(model, "embedding")
-    tied = model.config.get("tie_word_embeddings")
+    tied = model.config.get("tie_word_embeddings", of_text(model.config).get("tie_word_embeddings"))
     if tied is False and embedding and not head:
         raise CheckpointError(
             f"{model.path / 'config.json'}: tie_word_embeddings is false and no file holds a head such as "
@@ -171,20 +154,7 @@ def _with_one_head(model: Checkpoint) -> Checkpoint:
 
 
 def _differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
-    problems = [
-        f"config {key}={expert.config.get(key)!r}, base has {base.config.get(key)!r}"
-        + (f" ({REMEDIES[key]})" if key in REMEDIES else "")
-        for key in SIZES
-        if expert.config.get(key) != base.config.get(key)
-    ]
-    problems += [
-        f"config {key}={expert.config[key]!r}, base has {base.config[key]!r}"
-        for key in FUNCTIONS
-        if key in expert.config and key in base.config and expert.config[key] != base.config[key]
-    ]
-    ropes = [_rope(model.config) for model in (expert, base)]
-    if all(ropes) and ropes[0] != ropes[1]:
-        problems.append(f"config rope {ropes[0]}, base has {ropes[1]}")
+    problems = config_differences(base.config, expert.config)
     problems += [f"tensor '{name}' is missing" for name in base.tensors if name not in expert.tensors]
     problems += [f"tensor '{name}' is not in the base" for name in expert.tensors if name not in base.tensors]
     problems += [
@@ -194,22 +164,6 @@ def _differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
         if name in base.tensors and info.shape != base.tensors[name].shape
     ]
     return problems + token_faults(base.tokenizer_folder, expert.tokenizer_folder, chosen=False)
-
-
-def _rope(config: Mapping) -> dict:
-    """Rotary settings in one form: transformers 4 wrote rope_theta and rope_scaling, 5 writes rope_parameters."""
-    found = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta"),
-        **(config.get("rope_scaling") or {}),
-    }
-    if any(isinstance(value, Mapping) for value in found.values()):
-        return {}  # one entry per kind of layer (Gemma 3), which the older form can't say
-    if (share := config.get("partial_rotary_factor")) is not None:
-        found = {"partial_rotary_factor": share, **found}
-    if "type" in found:
-        found = {"rope_type": found["type"], **{key: value for key, value in found.items() if key != "type"}}
-    known = {key: value for key, value in found.items() if value is not None}
-    return {"rope_type": "default", **known} if known else {}
 
 
 def stamp(file: Path) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rotrl.checkpoint.files import file_sha256
+from rotrl.checkpoint.model_config import of_text
 from rotrl.checkpoint.reader import Checkpoint, named, open_checkpoint
 from rotrl.checkpoint.writer import MANIFEST, sealed_manifest, shard_fault
 from rotrl.errors import CheckpointError
@@ -39,7 +40,7 @@ def verify(folder: Path) -> dict:
 
 def _check_vocabulary(checkpoint: Checkpoint) -> None:
     """Rows of embedding and head against config.json: engines trust one or the other."""
-    expected = checkpoint.config.get("vocab_size")
+    expected = of_text(checkpoint.config).get("vocab_size")
     for module in ("embedding", "head"):
         name = named(checkpoint, module)
         if name and expected not in (None, rows := checkpoint.tensors[name].shape[0]):
