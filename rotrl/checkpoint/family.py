@@ -157,7 +157,13 @@ def _rows(models: dict[str, Checkpoint], choice: str) -> dict[str, Checkpoint]:
 
 
 def _cut(model: Checkpoint, rows: int) -> Checkpoint:
-    if beyond := sorted(token for token, index in token_map(model.tokenizer_folder).items() if index >= rows):
+    tokens, embedding = token_map(model.tokenizer_folder), named(model, "embedding")
+    if not tokens and embedding and model.tensors[embedding].shape[0] > rows:
+        raise CheckpointError(
+            f"{model.tokenizer_folder}: vocab=truncate keeps {rows} rows and no tokenizer.json or vocab.json says "
+            "which of the rest tokens use; save the tokenizer as tokenizer.json, or use vocab=pad"
+        )
+    if beyond := sorted(token for token, index in tokens.items() if index >= rows):
         raise CheckpointError(
             f"{model.tokenizer_folder}: vocab=truncate keeps {rows} rows and {len(beyond)} tokens have ids beyond, "
             f"first {beyond[0]!r}; use vocab=pad"

@@ -67,6 +67,20 @@ def test_truncation_never_cuts_a_token(pair):
         opened(pair((32, 20)), vocab="truncate")
 
 
+@pytest.mark.parametrize("rows", [(36, 32), (32, 36)])
+def test_truncation_asks_for_the_tokens_of_the_rows_that_it_cuts(rows, pair):
+    folders = pair(rows)
+    for folder in folders:
+        (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    longer = max(zip(rows, folders, strict=True))[1]
+    with pytest.raises(CheckpointError) as caught:
+        opened(folders, vocab="truncate")
+    told = "vocab=truncate keeps 32 rows and no tokenizer.json or vocab.json says which of the rest tokens use"
+    remedy = "save the tokenizer as tokenizer.json, or use vocab=pad"
+    assert str(caught.value) == f"{longer.name}: {longer}: {told}; {remedy}"
+    opened(folders, vocab="pad")
+
+
 @pytest.mark.parametrize("heads", [(True, False), (False, True)])
 def test_untied_head_is_the_embedding_at_first(heads, pair, tmp_path):
     folders = pair((32, 36), heads)
