@@ -19,7 +19,7 @@ def locate(name: str, spec: Any, root: str | None = None, *, download: bool = Tr
     """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or a `_target_` that gives a path.
 
     Order: an existing folder; `root/NAME` or `root/ORG/NAME`; the hub's cache; a download.
-    Raises CheckpointError where none of them has it.
+    Raises CheckpointError where none of them has it, and where a folder of `root` would stand for a revision.
     """
     if spec is None:
         raise CheckpointError(f"models.{name} is not set; give a folder or a hub id: models.{name}=DIR")
@@ -29,10 +29,14 @@ def locate(name: str, spec: Any, root: str | None = None, *, download: bool = Tr
         spec = instantiate(dict(spec))
     text = str(spec)
     repo, _, revision = text.partition("@")
-    candidates = [Path(text).expanduser()]
-    if root is not None:
-        candidates += [Path(root) / repo.rsplit("/", 1)[-1], Path(root) / repo]
-    for folder in candidates:
+    if (given := Path(text).expanduser()).is_dir():
+        return given.resolve()
+    for folder in (Path(root) / repo.rsplit("/", 1)[-1], Path(root) / repo) if root is not None else ():
+        if folder.is_dir() and revision:
+            raise CheckpointError(
+                f"{name}: {folder} stands for {repo} whatever its revision, and {revision} is asked; leave out "
+                f"@{revision} or give the folder of that revision"
+            )
         if folder.is_dir():
             return folder.resolve()
     looks_like_id = repo.count("/") == 1 and not repo.startswith((".", "/", "~"))

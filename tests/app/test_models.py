@@ -25,7 +25,18 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["DeepScaleR", "agentica-org/DeepScaleR"])
 def test_root_holds_hub_models_by_name(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout).mkdir(parents=True)
-    assert locate("base", "agentica-org/DeepScaleR@main", str(tmp_path)) == (tmp_path / layout).resolve()
+    assert locate("base", "agentica-org/DeepScaleR", str(tmp_path)) == (tmp_path / layout).resolve()
+
+
+@pytest.mark.parametrize("layout", ["model", "org/model"])
+def test_a_folder_of_root_stands_for_no_revision(tmp_path: Path, layout: str) -> None:
+    (tmp_path / layout).mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        locate("experts.math", "org/model@0123abcd", str(tmp_path))
+    told = f"{tmp_path / layout} stands for org/model whatever its revision, and 0123abcd is asked"
+    assert str(caught.value) == f"experts.math: {told}; leave out @0123abcd or give the folder of that revision"
+    with pytest.raises(CheckpointError, match="neither in the hub's cache"):
+        locate("experts.math", "org/other@0123abcd", str(tmp_path), download=False)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
