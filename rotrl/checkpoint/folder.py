@@ -30,4 +30,4 @@ def on_disk(model: Checkpoint, cache: Path) -> Checkpoint:
             sha256, files = write_weights(folder, shapes, dtype, lambda name: model.read(name).to(dtype))
             copy_sidecars(model, folder, dtype)
             write_manifest(folder, files, {"weights_sha256": sha256})
-    return replace(open_checkpoint(target), finite=model.finite, tokenizer=model.tokenizer)
+    return replace(open_checkpoint(target), finite=model.finite, tokenizer=model.tokenizer, origin=model.given)

@@ -24,7 +24,8 @@ class Checkpoint:
     """A validated local checkpoint; tensors are read one at a time and in name order.
 
     `derived` maps names to functions of the stored tensor (an adapter's delta, padding); `tokenizer` is the folder of
-    the tokenizer if it is not `path`; where `finite` is false, NaN and Inf are read as they are.
+    the tokenizer if it is not `path`; where `finite` is false, NaN and Inf are read as they are; `origin` is the folder
+    that was given where `path` holds a copy of what is read of it.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Checkpoint:
     derived: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     tokenizer: Path | None = None
     finite: bool = True
+    origin: Path | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor in its dtype, own memory. Raises CheckpointError on NaN or Inf unless these are allowed."""
@@ -54,6 +56,10 @@ class Checkpoint:
     @property
     def tokenizer_folder(self) -> Path:
         return self.tokenizer or self.path
+
+    @property
+    def given(self) -> Path:
+        return self.origin or self.path
 
     def view(self, name: str) -> Tensor:
         """The tensor unchecked. As the file holds it its pages are read when touched and are no memory of our own."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ COPIED = (
     "chat_template.json",
 )
 CONFIG = "rotrl_config.yaml"
+_SNAPSHOT = re.compile(r"/models--([^/]+)(?:/snapshots/([^/]+))?")
 
 _CARD = """---
 {{ card_data }}
@@ -99,7 +101,7 @@ def write_card(
     """README.md as the hub reads it: base_model, relation merge, library and tags. `models` begin with the base."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    names = [model_name(model.path) for model in models]
+    names = [model_name(model.given) for model in models]
     data = ModelCardData(
         base_model=list(dict.fromkeys(names)),
         base_model_relation="merge",
@@ -123,9 +125,11 @@ def write_card(
         temporary.write_text(str(card), encoding="utf-8")
 
 
-def model_name(path: Path) -> str:
-    """`owner/name` for a snapshot in the hub's cache, else the folder's name: no path of this machine is published."""
-    for part in path.absolute().parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/", 1)
-    return path.absolute().name
+def model_name(path: Path, *, commit: bool = False) -> str:
+    """`owner/name`, or `owner/name@COMMIT`, for a snapshot in the hub's cache, else the folder's name: no path of this
+    machine is published."""
+    found = _SNAPSHOT.search(path.absolute().as_posix())
+    if found is None:
+        return path.absolute().name
+    name = found[1].replace("--", "/", 1)
+    return f"{name}@{found[2]}" if commit and found[2] else name

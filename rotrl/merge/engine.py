@@ -180,7 +180,8 @@ def _publish(
         stream = Stream(folder, merger, inputs["rounding"], where, fingerprint(inputs), progress)
         dtype, measure, sha256, files = _write(stream, inputs["dtype"], notes)
         copy_sidecars(merger.base, folder, dtype)
-        configuration = write_config(folder, {**inputs, "names": [model_name(model.path) for model in models]})
+        names = [model_name(model.given, commit=True) for model in models]
+        configuration = write_config(folder, {**inputs, "names": names})
         facts = {
             "stored in": f"{_word(dtype)}, which loses {measure.storage_loss:.2g} of the update",
             "effective coefficient": f"{measure.effective_coefficient:.3g}",

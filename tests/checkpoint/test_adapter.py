@@ -149,6 +149,7 @@ def test_folder_for_engines_is_the_merged_model_and_written_once(base, train, tm
     assert first.sha256 == expert.sha256
     written = (first.path / "model.safetensors").stat().st_mtime_ns
     assert on_disk(expert, tmp_path / "cache").path == first.path
+    assert (first.given, first.path.parent) == (folder, tmp_path / "cache" / "models")  # a card names what was given
     assert (first.path / "model.safetensors").stat().st_mtime_ns == written
     loaded = Qwen2ForCausalLM.from_pretrained(first.path).state_dict()
     for name, tensor in merged.items():

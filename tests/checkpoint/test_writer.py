@@ -159,8 +159,10 @@ def test_card(source, tmp_path):
 
 
 def test_model_name(tmp_path):
-    assert model_name(tmp_path / "models--agentica-org--DeepScaleR" / "snapshots" / "abc") == "agentica-org/DeepScaleR"
-    assert model_name(tmp_path / "DeepScaleR") == "DeepScaleR"
+    snapshot = tmp_path / "models--agentica-org--Deep--ScaleR" / "snapshots" / "abc"
+    assert model_name(snapshot) == model_name(snapshot.parents[1]) == "agentica-org/Deep--ScaleR"
+    assert model_name(snapshot, commit=True) == "agentica-org/Deep--ScaleR@abc"
+    assert model_name(tmp_path / "DeepScaleR", commit=True) == "DeepScaleR"
 
 
 def test_valid_manifest(source, tmp_path):

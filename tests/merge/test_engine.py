@@ -3,11 +3,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from rotrl.checkpoint import writer
@@ -49,6 +52,19 @@ def test_streamed_equals_in_memory_for_any_shard_size(name, shard_size, trio, me
     assert result["sha256"] == merged.sha256
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (shard_size == 3000)
     verify(tmp_path / "out")
+
+
+def test_the_commit_of_a_hub_model_is_published_and_its_plain_id_is_the_base_model(trio, method, tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--org--base" / "snapshots" / commit
+    shutil.copytree(trio[0].path, snapshot)
+    merge(open_checkpoint(snapshot), trio[1], method("linear"), tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ["org/base", "math", "code"]
+    names = [f"org/base@{commit}", "math", "code"]
+    assert yaml.safe_load((tmp_path / "out" / "rotrl_config.yaml").read_text())["names"] == names
+    assert yaml.safe_load(card.text.partition("```yaml")[2].partition("```")[0])["names"] == names
+    assert verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
