@@ -96,7 +96,10 @@ def test_merges_and_rotations_are_valid_and_say_where_they_come_from(demo: tuple
     run, _ = demo
     for folder in (run / "merged").iterdir():
         verify(folder)
-        assert "merge" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        finished = (run / "model_cards" / f"{folder.name}.md").read_text()
+        assert finished.startswith(card.rstrip())
+        assert all(f"\n| {name} " in finished for name in ("base", "math", "code", folder.name))
     rotations = open_rotations(run / "rotations.safetensors")
     assert json.loads(rotations.metadata["teachers"]) == ["math", "code"]
     assert float(rotations.metadata["orthogonality_error"]) < 1e-5

@@ -22,6 +22,7 @@ from rotrl.checkpoint.folder import on_disk
 from rotrl.errors import ConfigError
 from rotrl.memory import free_gpu_memory
 from rotrl.merge.given import from_samples
+from rotrl.report.card import write_cards
 from rotrl.report.record import Record
 
 
@@ -237,6 +238,7 @@ def evaluate(job: Run) -> None:
     data |= {key: result[key] for key in ("scores", "comparisons", "sandbox_level", "prompt_sha256")}
     data |= anchored(data, job.cfg)
     data["warnings"] += result["alarms"]
+    write_cards(data, job.folder)
     key = digest([models.weights, merges, job.cfg["protocol"]])
     job.stages.record("evaluate", key, result["seconds"], reused=result["generated"] == 0)
     data["stages"] = job.stages.done

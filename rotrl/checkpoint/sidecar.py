@@ -29,6 +29,7 @@ COPIED = (
     "chat_template.json",
 )
 CONFIG = "rotrl_config.yaml"
+CARD = "README.md"
 _SNAPSHOT = re.compile(r"/models--([^/]+)(?:/snapshots/([^/]+))?")
 
 _CARD = """---
@@ -47,11 +48,7 @@ A merge of {{ experts }} over {{ base }} by `{{ method }}`, made with rotrl.
 {% for name, value in facts %}| {{ name }} | {{ value }} |
 {% endfor %}{% endif %}{% if warnings %}
 {% for warning in warnings %}- {{ warning }}
-{% endfor %}{% endif %}{% if table %}
-## Evaluation
-
-{{ table }}
-{% endif %}"""
+{% endfor %}{% endif %}"""
 
 
 def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
@@ -96,7 +93,6 @@ def write_card(
     configuration: str,
     facts: Mapping[str, str],
     warnings: Sequence[str] = (),
-    table: str | None = None,
 ) -> None:
     """README.md as the hub reads it: base_model, relation merge, library and tags. `models` begin with the base."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -119,9 +115,8 @@ def write_card(
         configuration=configuration,
         facts=list(facts.items()),
         warnings=list(warnings),
-        table=table,
     )
-    with whole_file(folder / "README.md") as temporary:
+    with whole_file(folder / CARD) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
 

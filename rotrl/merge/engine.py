@@ -112,15 +112,14 @@ def merge(
     grams: Mapping[str, Path] | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    table: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the merged checkpoint to `target`, or reuses what is there from the same inputs.
 
     `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `rounding` stochastic
     keeps the mean of updates smaller than the dtype's steps. `device` (auto: all GPUs, else cpu) is where matrices are
-    merged; vectors and work by rows take less time than their way to a GPU. `table` is Markdown for the card. A run
-    that was killed goes on after its last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
+    merged; vectors and work by rows take less time than their way to a GPU. A run that was killed goes on after its
+    last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
     effective_coefficient (along sum d_i), coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|),
     storage_loss, warnings.
     """
@@ -145,7 +144,6 @@ def merge(
                 where,
                 overwrite=overwrite,
                 warnings=plan["warnings"],
-                table=table,
                 progress=progress,
             )
         except AlreadyPublished:
@@ -170,7 +168,6 @@ def _publish(
     *,
     overwrite: bool,
     warnings: Sequence[str],
-    table: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Writes weights, sidecars, card and, last, the manifest, which it gives."""
@@ -196,7 +193,6 @@ def _publish(
             configuration=configuration,
             facts=facts,
             warnings=notes,
-            table=table,
         )
         content = {
             "rotrl": rotrl.__version__,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -178,6 +178,18 @@ def new_table(title: str, console: Console, texts: list[str], numbers: list[str]
     for text in numbers:
         view.add_column(signs(text, console), justify="right", no_wrap=True, overflow=overflow)
     return view
+
+
+def markdown(view: Table) -> str:
+    """The table as Markdown, every head on one line."""
+    heads = [_escaped(column.header) for column in view.columns]
+    rules = ["---:" if column.justify == "right" else "---" for column in view.columns]
+    rows = zip(*([_escaped(cell) for cell in column.cells] for column in view.columns), strict=True)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rules, *rows))
+
+
+def _escaped(cell: RenderableType) -> str:
+    return str(cell).replace("\n", " ").replace("|", "\\|")
 
 
 def signs(text: str, console: Console) -> Text:

@@ -144,17 +144,16 @@ def test_sidecars(source, tmp_path):
 
 
 def test_card(source, tmp_path):
-    table = "| model | math |\n|---|---|\n| merge | .84 |"
     write_card(
         tmp_path, title="out", method="ties", models=[source, source], configuration="merge:\n  density: 0.2\n",
-        facts={"stored in": "float32"}, warnings=["a warning"], table=table,
+        facts={"stored in": "float32"}, warnings=["a warning"],
     )  # fmt: skip
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == ["source"]
     assert card.data.to_dict()["base_model_relation"] == "merge"
     assert card.data.library_name == "transformers"
     assert card.data.tags == ["merge", "rotrl", "ties"]
-    for text in ("density: 0.2", "| stored in | float32 |", "- a warning", table):
+    for text in ("density: 0.2", "| stored in | float32 |", "- a warning"):
         assert text in card.content
 
 
