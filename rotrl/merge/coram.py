@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotrl.linalg.procrustes import polar
+from rotrl.linalg.procrustes import polar, singular
 from rotrl.linalg.rotation import exp, log
 from rotrl.merge.types import Count, NonNegative, Slices
 
@@ -37,10 +37,10 @@ def coram(
 
 def _mean(base: Tensor, *experts: Tensor) -> Tensor:
     """Mean of slices (..., h, n), h <= n."""
-    u0, s0, _ = torch.linalg.svd(base, full_matrices=False)
+    u0, s0, _ = singular(base)
     rotations, stretches, frames = [], [], []
     for expert in experts:
-        u, s, vh = torch.linalg.svd(expert, full_matrices=False)
+        u, s, vh = singular(expert)
         sign = _signs(u0, u)
         rotations.append(log(polar(u0.mT @ (u * sign))))
         stretches.append(torch.where(s0 > 0, s / s0 - 1, 0.0))

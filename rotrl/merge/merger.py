@@ -109,7 +109,7 @@ class Merger:
                 if self.base.finite and not finite(merged):
                     raise NumericsError("the merge has NaN or Inf values; check the method's parameters")
                 yield base, experts, merged
-        except NumericsError as error:
+        except (NumericsError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             for model in (self.base, *self.experts.values()):
                 model.read(name)  # names the file if its values are to blame
             raise NumericsError(f"merge={self.method.name}: tensor '{name}': {error}") from error

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rotrl.linalg.procrustes import singular
 from rotrl.merge.types import Equivariant, Positive, Share
 
 
@@ -24,7 +25,7 @@ def svc(
     `W - W0 = sum_r s_r u_r v_r^T`, `t_ri = <u_r^T (W - W0), u_r^T d_i> / |u_r^T d_i|^2` (1 where d_i has nothing along
     u_r), and `s_r T / sum_i max(alpha, t_ri)` takes the place of s_r. alpha 1 for TSV-M and WUDI.
     """
-    u, s, vh = torch.linalg.svd((merged - base).double(), full_matrices=False)
+    u, s, vh = singular((merged - base).double())
     t = []
     for expert in experts:
         part = u.mT @ (expert - base).double()
@@ -41,7 +42,7 @@ def subspace_boosting(base: Equivariant, experts: Sequence[Tensor], *, merged: T
     The cut is the first singular value at which the cumulated share of their sum reaches beta. At the default .01
     that is mostly the largest, so that all become equal to it: choose the scale of `of` accordingly.
     """
-    u, s, vh = torch.linalg.svd((merged - base).double(), full_matrices=False)
+    u, s, vh = singular((merged - base).double())
     cut = s[torch.searchsorted(s.cumsum(0), beta * s.sum()).clamp(max=len(s) - 1)]
     return (base + (u * s.clamp(min=cut)) @ vh).to(base)
 
@@ -50,7 +51,7 @@ def spectrum_projection(
     base: Equivariant, experts: Sequence[Tensor], *, merged: Tensor, reference: Literal["base", "mean"] = "base"
 ) -> Tensor:
     """`U diag(s) V^T` of `W = U diag(.) V^T`, s the singular values of the base or the mean of the experts' own."""
-    u, _, vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    u, _, vh = singular(merged.double())
     models = [base] if reference == "base" else experts
     s = torch.stack([torch.linalg.svdvals(model.double()) for model in models]).mean(0)
     return ((u * s) @ vh).to(base)

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from rotrl.linalg.procrustes import singular
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.types import Averaged, Equivariant, Matrix, NonNegative, Positive, Share, Within
 
@@ -29,7 +30,7 @@ def resmerge(
     vectors = [(expert - base).double() for expert in experts]
     heads = []
     for d in vectors:
-        u, s, vh = torch.linalg.svd(d, full_matrices=False)
+        u, s, vh = singular(d)
         heads.append(s[0] * torch.outer(u[:, 0], vh[0]))
     rests = [d - h for d, h in zip(vectors, heads, strict=True)]
     count, mean = len(experts), weighted_sum(rests) / len(experts)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotrl.linalg.procrustes import polar
+from rotrl.linalg.procrustes import polar, singular
 from rotrl.merge.linear import weighted_sum
 from rotrl.merge.sparse import ties
 from rotrl.merge.types import Count, Density, Equivariant, Share
@@ -28,7 +28,7 @@ def tsv_m(base: Equivariant, experts: Sequence[Tensor], *, scale: float = 1.0) -
 
 def iso_c(base: Equivariant, experts: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     """Isotropic merge: `W0 + scale mean(s) U V^T` of `sum d_i = U diag(s) V^T`. arXiv 2502.04959, equation 5."""
-    u, s, vh = torch.linalg.svd(weighted_sum([expert - base for expert in experts]), full_matrices=False)
+    u, s, vh = singular(weighted_sum([expert - base for expert in experts]))
     return base + scale * s.mean() * (u @ vh)
 
 
@@ -64,7 +64,7 @@ def knots_ties(
     below 1e-6 of the largest counts as.
     """
     vectors = [expert - base for expert in experts]
-    u, s, _ = torch.linalg.svd(torch.cat(vectors, dim=1), full_matrices=False)
+    u, s, _ = singular(torch.cat(vectors, dim=1))
     u = u[:, s > s[0] * max(NULL, max(base.shape) * torch.finfo(s.dtype).eps)]
     if not u.shape[1]:
         return base.clone()
@@ -94,7 +94,7 @@ def rewiring(
 
 
 def _leading(matrix: Tensor, rank: int) -> Triplets:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = singular(matrix)
     return u[:, :rank], s[:rank], vh[:rank].mT
 
 

@@ -316,6 +316,19 @@ def test_numerics_error_names_the_tensor(trio, method, tmp_path):
         merge(base, experts, method("slerp"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["orthomerge", "tsv_m", "iso_merger", "coram", "resmerge", "svc"])
+def test_decomposition_that_fails_names_the_tensor(name, trio, method, tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise torch.linalg.LinAlgError("linalg: failed to converge")
+
+    chosen = method(name, scope="matrices")
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    with pytest.raises(NumericsError, match=rf"^merge={name}: tensor 'model\.layers\.0\.\S+': .*failed"):
+        merge(*trio, chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_not_a_number_is_named(trio, method, tmp_path):
     path = trio[1]["code"].path / "model.safetensors"
     weights = load_file(path)
