@@ -1,7 +1,6 @@
 """`plan_only=true`: what would be read, computed, written and sampled. Touches nothing."""
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,10 @@ from rotrl.app.prepare import Prepared, check_words, prepare
 def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
     """Prints the plan, or raises what the run would. Hub models that are not here are named; the rest is planned from
     the configuration."""
+    from huggingface_hub import constants
+
     console = Console()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a plan downloads nothing
+    constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
     try:
         prepared = prepare(cfg)
     except NotHere as missing:
