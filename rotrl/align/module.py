@@ -155,14 +155,20 @@ class LogitAlignment(pl.LightningModule):
         return self.patience is not None and step % self.validate_every == 0 and step > last
 
     def look(self, step: int) -> bool:
-        """Measures the held-out KL, keeps the parameters if it is the lowest, tells whether patience is at its end."""
+        """Measures the held-out KL, keeps the parameters if it is the lowest, tells whether the fit is over."""
         with self.trainer.precision_plugin.val_step_context():
             row = {"step": step, **{f"kl_{name}": kl for name, kl in self.heldout_kl().items()}}
         if self.mean_kl(row) < min((self.mean_kl(each) for each in self.validations), default=math.inf):
             self.best = {key: value.cpu().clone() for key, value in self.family.state_dict().items()}
         self.validations.append(row)
-        lowest = min(range(len(self.validations)), key=lambda index: self.mean_kl(self.validations[index]))
-        return len(self.validations) - 1 - lowest >= (self.patience or 0)
+        return self.is_over()
+
+    def is_over(self) -> bool:
+        """Whether patience is at its end: so many looks since the lowest KL."""
+        if self.patience is None or not self.validations:
+            return False
+        told = [self.mean_kl(row) for row in self.validations]
+        return len(told) - 1 - told.index(min(told)) >= self.patience
 
     def mean_kl(self, row: Mapping[str, float]) -> float:
         """Of the teachers by `mix`; infinite where it is no number."""

@@ -30,7 +30,14 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class _Look(pl.Callback):
-    """Early stop as a callback: it runs before the checkpoint of the step is written, Lightning's validation after."""
+    """Early stop as a callback: it runs before the checkpoint of the step is written, Lightning's validation after.
+
+    A fit that is resumed from the checkpoint of its stop is over before its first step.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if isinstance(module, LogitAlignment):
+            trainer.should_stop = module.is_over()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         if isinstance(module, LogitAlignment) and module.is_due(trainer.global_step):

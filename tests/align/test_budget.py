@@ -104,6 +104,23 @@ def test_an_early_stop_survives_an_interruption(call, tmp_path: Path):
     assert largest_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
 
 
+def test_a_fit_that_was_interrupted_at_its_stop_is_over(call, tmp_path: Path, monkeypatch):
+    whole = call(stiefel, tmp_path / "whole", **STOPPING)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rotrl.align.learn.write_results", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(stiefel, tmp_path / "parts", **STOPPING)
+    steps: list[int] = []
+    parts = call(stiefel, tmp_path / "parts", progress=lambda n, _: steps.append(n), **STOPPING)
+    assert steps == []
+    assert parts["validations"] == whole["validations"]
+    assert largest_difference(tmp_path / "parts", tmp_path / "whole") == 0
+
+
 @pytest.mark.parametrize(("size", "steps"), [(1e-3, 0), (0.05, 0), (0.8, 2), (40.0, 1)])
 def test_the_retraction_mends_no_more_than_it_has_to(monkeypatch, size: float, steps: int):
     """Small steps leave nothing that has to be mended, large ones take two, and a huge one is mended by SVD at once."""
