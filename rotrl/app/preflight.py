@@ -11,11 +11,13 @@ from hydra.utils import instantiate
 
 from rotrl.app.check import together
 from rotrl.app.prepare import Prepared
+from rotrl.app.run_folder import is_numbered
 from rotrl.checkpoint.folder import stands_in_a_folder
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.checkpoint.writer import MANIFEST, valid_manifest
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.merge.target import check_space, check_target
+from rotrl.report.record import Record
 
 
 def preflight(prepared: Prepared, folder: Path) -> None:
@@ -133,8 +135,11 @@ def check_outputs(prepared: Prepared, folder: Path) -> None:
     cfg, needed, target = prepared.cfg, 0, folder
     models = [prepared.base, *prepared.experts.values()]
     told = {"dtype": cfg["dtype"], "rounding": cfg["rounding"]}
+    old = Record(folder / "record.json").data
+    aside = bool(old) and not cfg["output"] and is_numbered(folder, cfg) and old["digest"] != prepared.digest
+    replaced = cfg["overwrite"] or aside  # with what it merged, as `settle` does
     for label, method in prepared.methods.items():
         target = target_of(prepared, folder, label)
-        if check_target(target, models, {**told, "merge": method.config}, overwrite=cfg["overwrite"]) is None:
+        if check_target(target, models, {**told, "merge": method.config}, overwrite=replaced) is None:
             needed += plan_merge(prepared.base, prepared.experts, method, dtype=cfg["dtype"])["bytes"]
     check_space(target, needed)

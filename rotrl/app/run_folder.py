@@ -29,13 +29,17 @@ def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Pa
         raise ConfigError(
             f"{folder}: process {number} is at work on a run there; wait for it or choose another run_dir"
         )
-    numbered = folder != Path(cfg["run_dir"] or "")
-    if old and (cfg["overwrite"] or (numbered and old["digest"] != digest)):
+    if old and (cfg["overwrite"] or (is_numbered(folder, cfg) and old["digest"] != digest)):
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
     elif old and old["digest"] != digest:
         changed = provenance.differing_keys(old, cfg, weights)
         raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_numbered(folder: Path, cfg: dict[str, Any]) -> bool:
+    """Whether a multirun or the digest named the run folder, and not the user."""
+    return folder != Path(cfg["run_dir"] or "")
 
 
 def anchored(data: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:
