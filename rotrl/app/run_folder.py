@@ -1,5 +1,6 @@
 """How a run folder is opened, found finished, and closed."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Conso
     """Shows a run that has nothing left to do."""
     done = record.data.get("status") == "done" and record.data["digest"] == digest and not cfg["overwrite"]
     if done:
+        os.utime(record.path)  # a multirun tells the jobs of its own by it
         folder = record.path.parent
         console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
         show(record.data, console)

@@ -1,5 +1,6 @@
 """Multirun: an error line per failed job as it happens, one table over all jobs at the end."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ class SweepCallback(Callback):
     """Hydra calls on_multirun_end only when every job succeeded; `finish` is called in any case by `__main__`."""
 
     folder: Path | None = None  # of the multirun in progress
+    began = 0  # by the file system's clock, as records are
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        SweepCallback.folder = Path(config.hydra.sweep.dir)
+        folder = SweepCallback.folder = Path(config.hydra.sweep.dir)
+        SweepCallback.began = 0
+        if folder.is_dir():  # jobs of an earlier multirun may lie there
+            os.utime(folder)
+            SweepCallback.began = folder.stat().st_mtime_ns
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
@@ -45,7 +51,8 @@ def show_table() -> None:
     from rotrl.report.sweep_page import render_sweep
     from rotrl.report.sweep_table import sweep_table
 
-    paths = [p for p in folder.glob("*/record.json") if p.parent.name.isdigit()]
+    jobs = (path for path in folder.glob("*/record.json") if path.parent.name.isdigit())
+    paths = [path for path in jobs if path.stat().st_mtime_ns >= SweepCallback.began]
     paths.sort(key=lambda path: int(path.parent.name))  # a job that was refused has left no record
     records = [json.loads(path.read_text()) | {"job": int(path.parent.name)} for path in paths]
     if records:
