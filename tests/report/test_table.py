@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from rotrl.report import table
-from rotrl.report.sweep import swept_keys
+from rotrl.report.standings import standings
+from rotrl.report.sweep import as_one_record, swept_keys
 from rotrl.report.sweep_table import sweep_table
 
 
@@ -145,3 +146,39 @@ def test_what_follows_from_the_method_is_not_named_beside_it(full):
     for record, scope in zip(records, ("matrices", "all"), strict=True):
         record["config"]["merge"]["scope"] = scope
     assert swept_keys(records) == ["", ""]
+
+
+def test_jobs_of_other_tasks_keep_the_scores_of_base_and_experts(full):
+    records = jobs(full[0], [("ties", 0.5), ("ties", 0.5)])
+    for record, task in zip(records, ("tiny_math", "tiny_code"), strict=True):
+        for kind in ("scores", "comparisons"):
+            record[kind] = [row for row in record[kind] if row["task"] in (task, "mean")]
+    joined, _ = as_one_record(records)
+    tasks = {(row["model"], row["task"]) for row in joined["scores"]}
+    merges = {("ties", "tiny_math"), ("ties job 1", "tiny_code")}
+    assert tasks == {(name, task) for name in ("base", "math", "code") for task in ("tiny_math", "tiny_code")} | merges
+    assert "mean" not in {row["task"] for row in joined["comparisons"]}  # over other tasks in each job
+    assert all(row.mean for row in standings(joined).rows if row.role != "merge")
+
+
+def test_other_experts_of_one_name_stand_apart_with_what_is_measured_against_them(full):
+    records = jobs(full[0], [("ties", 0.5), ("ties", 0.5), ("linear", 0.5)])
+    for record, folder in zip(records, ("A", "B", "B"), strict=True):
+        record["config"]["models"] = {"experts": {"math": folder}}
+        record["models"] = copy.deepcopy(record["models"])
+        record["models"]["experts"]["math"]["sha256"] = folder
+    joined, _ = as_one_record(records)
+    other = "math models.experts.math=B"
+    assert list(joined["models"]["experts"]) == ["math", "code", other]
+    table = standings(joined)
+    assert [row.model for row in table.role("expert")] == ["math", "code", other]
+    against = {row["b"] for row in joined["comparisons"] if row["a"] == "linear models.experts.math=B"}
+    assert other in against
+    assert "math" not in against
+
+
+def test_the_tasks_that_select_do_so_in_the_table_of_a_multirun_too(full):
+    records = jobs(full[0], [("ties", 0.5), ("linear", 0.5)])
+    for record in records:
+        record["config"]["evaluation"] = {"select": ["tiny_math"]}
+    assert standings(as_one_record(records)[0]).select == ("tiny_math",)
