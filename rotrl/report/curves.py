@@ -104,21 +104,31 @@ def differences(
 
 
 def _flattened(cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]]) -> dict[Place, Any]:
-    """Models of the same weights and score at every value in one place without a value, once for each seed."""
+    """Models of the same weights and score at every value in one place without a value, once for each seed; base and
+    experts, which every job has, once for each seed at each value too."""
     found: dict[Place, Any] = {}
     for name in dict.fromkeys(name for name, _ in cells):
         own = {value: entries for (other, value), entries in cells.items() if other == name}
-        by_seed: dict[Any, dict[Any, Any]] = {}
-        for entries in own.values():
-            for row, record in entries:
-                weights = ((record.get("merges") or {}).get(row.model) or {}).get("sha256", row.model)
-                same = by_seed.setdefault((record.get("config") or {}).get(SEED), {})
-                same.setdefault((weights, row.mean), (row, record))
-        if len(own) > 1 and all(len(same) == 1 for same in by_seed.values()):
-            found[name, ""] = [entry for same in by_seed.values() for entry in same.values()]
+        once = _once([entry for entries in own.values() for entry in entries])
+        if len(own) > 1 and len({_seed(record) for _, record in once}) == len(once):
+            found[name, ""] = once
         else:
-            found |= {(name, value): entries for value, entries in own.items()}
+            merge = once[0][0].role == "merge"
+            found |= {(name, value): entries if merge else _once(entries) for value, entries in own.items()}
     return found
+
+
+def _once(entries: list[tuple[Row, Mapping[str, Any]]]) -> list[tuple[Row, Mapping[str, Any]]]:
+    """The first of each seed, weights and score."""
+    found: dict[Any, tuple[Row, Mapping[str, Any]]] = {}
+    for row, record in entries:
+        weights = ((record.get("merges") or {}).get(row.model) or {}).get("sha256", row.model)
+        found.setdefault((_seed(record), weights, row.mean), (row, record))
+    return list(found.values())
+
+
+def _seed(record: Mapping[str, Any]) -> Any:
+    return (record.get("config") or {}).get(SEED)
 
 
 def _row(name: str, value: str, key: str, found: list[tuple[Row, Any]]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
             "jobs": [record.get("job", i) for i, record in enumerate(records) if done(record)],
             "command": "\n".join(str(record["command"]) for record in records if record.get("command")),
             "warnings": list(dict.fromkeys([*failed, *(text for r in records for text in r.get("warnings") or [])])),
-            "config": {str(i): record.get("config") for i, record in enumerate(records)},
+            "config": {str(record.get("job", i)): record.get("config") for i, record in enumerate(records)},
         }
     )
     figures.draw(joined, folder)

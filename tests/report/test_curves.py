@@ -1,7 +1,10 @@
 """What a swept number does: seeds averaged, weights that it does not change in one place, pairs by job."""
 
 import copy
+import html
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
@@ -85,6 +88,20 @@ def test_equal_weights_with_other_scores_are_not_the_same(records):
     assert cell(found, "math", "")["jobs"] == 2
 
 
+def test_one_job_for_each_merge_is_not_one_for_each_seed(records):
+    """Base and experts stand in every job: where their scores go with the value they are one model at each."""
+    given = [copy.deepcopy(record) for record in (records[0], records[0], records[2], records[2])]
+    for record in given[2:]:
+        for row in record["scores"]:
+            for key in ("value", "low", "high"):
+                row[key] -= 0.1 * (row["model"] in ("base", "math"))
+    for record, merge in zip(given, ("learned", "ties") * 2, strict=True):
+        record["scores"] = [row for row in record["scores"] if row["model"] in ("base", "math", "code", merge)]
+    found = curves(given)
+    assert cell(found, "base", "8")["mean"] - cell(found, "base", "32")["mean"] == pytest.approx(0.1)
+    assert [row["jobs"] for row in found["rows"]] == [1] * len(found["rows"])
+
+
 def test_rotations_are_compared_with_every_other_merge_in_the_same_job(records):
     found = curves(records)["differences"]
     assert {row["a"] for row in found} == {"learned"}
@@ -128,5 +145,7 @@ def test_page_tables_and_figure(records, tmp_path):
     assert 'href="4/report.html"' in text
     assert 'href="0/report.html"' not in text
     assert 'id="curves"' in text
+    config = json.loads(html.unescape(re.findall(r"<pre[^>]*>(\{.*?\})</pre>", text, re.DOTALL)[-1]))
+    assert list(config) == ["1", "2", "3", "4"]
     assert (folder / "curves.csv").read_text().count("\n") == 1 + len(curves(records)["rows"])
     assert sorted(path.name for path in (folder / "figures").iterdir()) == ["curves.png", "curves.svg"]
