@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rotrl import config
-from rotrl.errors import ConfigError, RotrlError
+from rotrl.app.models import NotHere
+from rotrl.errors import ConfigError, EvaluationError, RotrlError
 from rotrl.evaluate.engine_settings import engine_hints
 from rotrl.evaluate.sampling import Sampling
 from rotrl.values import Count, hint_of, value_faults
@@ -30,7 +31,8 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """What each check gives; where some refuse, one error with all that they say."""
+    """What each check gives; where some refuse, one error with all that they say: of models or data that are not here
+    only if nothing else is at fault."""
     found, refused = [], []
     for check in checks:
         try:
@@ -41,7 +43,8 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
             if not refused:  # else what was refused before explains it
                 raise
     if len(refused) > 1:
-        raise type(refused[0])("; ".join(dict.fromkeys(map(str, refused))))
+        kind = type(min(refused, key=lambda error: isinstance(error, NotHere | EvaluationError)))
+        raise kind("; ".join(dict.fromkeys(map(str, refused))))
     if refused:
         raise refused[0]
     return found
@@ -96,7 +99,7 @@ def _stage(where: str, node: Any) -> Iterator[str]:
         return
     known = {key: hint for key, hint in _hints(node["_target_"]).items() if key not in GIVEN}
     yield from _target(where, node["_target_"])
-    yield from _node(where, node, known and {"samples": Any, "controls": Any, **known})
+    yield from _node(where, node, known and {"samples": Any, "controls": Mapping[str, Any] | None, **known})
     yield from _samples(where, node.get("samples"))
 
 
@@ -111,7 +114,9 @@ def _samples(where: str, samples: Any) -> Iterator[str]:
 
 
 def _call(where: str, node: Any) -> Iterator[str]:
-    if "_target_" in _map(node):
+    if isinstance(node, Mapping) and "_target_" not in node:
+        yield f"{where} is {dict(node)}, a map without _target_; name there the function that gives it"
+    elif isinstance(node, Mapping):
         yield from _target(where, node["_target_"])
         yield from _node(where, node, _hints(node["_target_"]))
 

@@ -88,6 +88,8 @@ def open_others(cfg: Mapping[str, Any]) -> dict[str, tuple[Checkpoint, Checkpoin
     given, models = (cfg["evidence"].get("geometry") or {}).get("others") or {}, cfg["models"]
     taken = {*(models.get("experts") or {}), *(models.get("controls") or {})}
     choices = {key: cfg[key] for key in ("tokenizer_from", "vocab", "lm_head", "nonfinite")}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"evidence.geometry.others is {given!r}; give {{NAME: {{base: DIR, tuned: DIR}}}}")
     found = {}
     for name, pair in given.items():
         where = f"evidence.geometry.others.{name}"

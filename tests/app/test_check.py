@@ -22,6 +22,16 @@ KEYS = {  # beside merge=linear and QUIET
     "align": (["align=stiefel", "+align.stepz=3"], "'align.stepz', did you mean 'steps'?"),
     "a control": (["align=stiefel", "+align.controls.lora.rnk=3"], "lora.rnk', did you mean 'rank'?"),
     "sampling": (["align=lora", "+align.samples.sampling.temprature=1"], "did you mean 'temperature'?"),
+    "no map of controls": (["align=stiefel", "align.controls=lora"], "controls is 'lora', a map or null is expected"),
+    "no map of others": (
+        ["evidence=geometry", "+evidence.geometry.others=DIR"],
+        "evidence.geometry.others is 'DIR'; give {NAME: {base: DIR, tuned: DIR}}",
+    ),
+    "prompts of no function": (
+        ["models=custom", "models.base=x", "models.experts={math: x}", "models.prompts={math: {path: x}}"],
+        "models.prompts.math is {'path': 'x'}, a map without _target_",
+    ),
+    "a task of no function": (["evaluation=tiny", "+evaluation.tasks.mine={path: x}"], "a map without _target_"),
     "number of samples": (["align=lora", "align.samples.n=0"], "align.samples.n is 0"),
     "of Gram matrices": (["merge=regmean", "+merge.gram.samples.sampling.tempratur=1"], "did you mean 'temperature'?"),
     "evaluation": (["evaluation=tiny", "+evaluation.taks=3"], "'evaluation.taks', did you mean 'tasks'?"),
