@@ -15,7 +15,7 @@ class NotHere(CheckpointError):
     """A model of the hub that is neither here nor reachable."""
 
 
-def locate(name: str, spec: Any, root: str | None = None, *, download: bool = True) -> Path:
+def locate(name: str, spec: Any, root: str | None = None) -> Path:
     """The folder of a model given as a path, a hub id `ORG/NAME[@REVISION]`, or a `_target_` that gives a path.
 
     Order: an existing folder; `root/NAME` or `root/ORG/NAME`; the hub's cache; a download.
@@ -42,14 +42,14 @@ def locate(name: str, spec: Any, root: str | None = None, *, download: bool = Tr
     looks_like_id = repo.count("/") == 1 and not repo.startswith((".", "/", "~"))
     if not looks_like_id:
         raise CheckpointError(f"{name}: no folder {text!r}; give one that holds config.json and *.safetensors")
-    return _from_hub(name, repo, revision or None, download=download)
+    return _from_hub(name, repo, revision or None)
 
 
-def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> Path:
+def _from_hub(name: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(repo, revision=revision, allow_patterns=WEIGHT_FILES, local_files_only=not download)
+        path = snapshot_download(repo, revision=revision, allow_patterns=WEIGHT_FILES)
     except Exception as error:  # huggingface_hub raises many kinds for "no network", "no such repo", "gated"
         last = repo.rsplit("/", 1)[-1]
         key = name if name.startswith("evidence.") else f"models.{name}"
@@ -61,7 +61,7 @@ def _from_hub(name: str, repo: str, revision: str | None, *, download: bool) -> 
     return Path(path)
 
 
-def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, dict[str, Path], dict[str, Path]]:
+def locate_all(cfg: Mapping[str, Any]) -> tuple[Path, dict[str, Path], dict[str, Path]]:
     """Folders of the base, the experts and the controls; every model that is missing is named at once."""
     problems: list[CheckpointError] = []
     if cfg.get("root") and not Path(cfg["root"]).is_dir():
@@ -69,7 +69,7 @@ def locate_all(cfg: Mapping[str, Any], *, download: bool = True) -> tuple[Path, 
 
     def find(name: str, spec: Any) -> Path:
         try:
-            return locate(name, spec, cfg.get("root"), download=download)
+            return locate(name, spec, cfg.get("root"))
         except CheckpointError as error:
             problems.append(error)
             return Path()

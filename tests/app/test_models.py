@@ -16,6 +16,7 @@ from rotrl.zoo import zoo_path
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_a_folder_of_root_stands_for_no_revision(tmp_path: Path, layout: str) ->
     told = f"{tmp_path / layout} stands for org/model whatever its revision, and 0123abcd is asked"
     assert str(caught.value) == f"experts.math: {told}; leave out @0123abcd or give the folder of that revision"
     with pytest.raises(CheckpointError, match="neither in the hub's cache"):
-        locate("experts.math", "org/other@0123abcd", str(tmp_path), download=False)
+        locate("experts.math", "org/other@0123abcd", str(tmp_path))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_hub_model_that_is_not_here_says_how_to_give_it() -> None:
     with pytest.raises(CheckpointError, match=r"org/model is neither in the hub's cache .* models.root=DIR .*model/"):
-        locate("base", "org/model", download=False)
+        locate("base", "org/model")
 
 
 def test_every_missing_model_is_named_at_once() -> None:
