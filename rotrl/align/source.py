@@ -75,7 +75,9 @@ def pose(
         from rotrl.merge.method import bind
 
         spec = dict(start or {})
-        return Problem({"merge": spec}, merge_state(base, vectors, bind(spec, list(vectors))), chosen, mixed)
+        merged = merge_state(base, vectors, bind(spec, list(vectors)))
+        state = {name: tensor.float() for name, tensor in merged.items()}  # whatever it was computed in
+        return Problem({"merge": spec}, state, chosen, mixed)
     if source == "base":
         state = {name: base.read(name) for name in base.tensors}
         return Problem({"model": "base"}, state, chosen, mixed, str(base.path))

@@ -116,6 +116,8 @@ def _merges(prepared: Prepared, console: Console) -> None:
         turned += [f"{label}: {', '.join(modules)}: {told}" for told, modules in plan["rotations"].items()]
         turned += [f"{label}: {name} by {told}" for name, told in plan["given"].items()]
         warnings += [f"{label}: {text}" for text in plan["warnings"]]
+        if plan["precision"] != "float32":
+            warnings.append(f"{label}: computed in {plan['precision']}")
         scale = "ignores merge_scale" if plan["scale"] is None else str(plan["scale"])
         table.add_row(label, scale, str(plan["passes"]), f"{plan['bytes'] / 1e9:.3f}")
     if prepared.methods:

@@ -12,8 +12,8 @@ from rotrl.values import value_faults as faults_of_value
 
 MODULES = (*MATRICES, "embedding", "head", "norm", "bias", "other")
 GRAM = ("layers", "batch", "max_tokens", "samples")
-SCOPES = ("matrices", "all")
-ENGINE_KEYS = ("_target_", "_partial_", "scope", "weights", "per_layer")
+CHOICES = {"scope": ("matrices", "all"), "precision": ("float32", "float64")}
+ENGINE_KEYS = ("_target_", "_partial_", *CHOICES, "weights", "per_layer")
 
 
 def value_faults(key: str, value: Any, hint: Any) -> list[str]:
@@ -25,14 +25,14 @@ def key_faults(
     config: Mapping[str, Any], parameters: Mapping[str, Any], name: str, sections: Sequence[str]
 ) -> list[str]:
     """Unknown keys with the nearest known one, and wrong values."""
-    allowed = [key for key in parameters if key != "weights"] + [*sections, "scope", "per_layer"]
+    allowed = [key for key in parameters if key != "weights"] + [*sections, *CHOICES, "per_layer"]
     allowed += ["weights"] * ("weights" in parameters)
     problems = []
     for key, value in config.items():
         if key in parameters and key != "weights":
             problems += value_faults(key, value, parameters[key])
-        elif key == "scope" and value not in SCOPES:
-            problems.append(f"merge.scope is {value!r}, one of {', '.join(SCOPES)} is expected")
+        elif key in CHOICES and value not in CHOICES[key]:
+            problems.append(f"merge.{key} is {value!r}, one of {', '.join(CHOICES[key])} is expected")
         elif key not in (*ENGINE_KEYS, *allowed) or (key == "weights" and key not in allowed and value is not None):
             problems.append(unknown(f"merge.{key}", name, allowed))
     if config.get("scale") in GLOBAL and "scale" in (config.get("per_layer") or {}):

@@ -25,15 +25,22 @@ def rows_of(shape: Sequence[int], step: int = 1) -> int:
 
 
 class Chunks(Sequence[Piece]):
-    """Base and experts in consecutive pieces of `rows` rows (None: whole), in float32 when asked for.
+    """Base and experts in consecutive pieces of `rows` rows (None: whole), in `dtype` when asked for.
 
     On `device`. NumericsError where a piece holds NaN or Inf, if `checked`, when it is first asked for.
     """
 
     def __init__(
-        self, base: Tensor, experts: Sequence[Tensor], *, rows: int | None, checked: bool = True, device: str = "cpu"
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        rows: int | None,
+        checked: bool = True,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.models, self.device = (base, *experts), device
+        self.models, self.device, self.dtype = (base, *experts), device, dtype
         self.rows = rows or (len(base) if base.ndim else 1)
         self._unchecked = set(range(len(self))) if checked else set()
 
@@ -45,7 +52,7 @@ class Chunks(Sequence[Piece]):
             raise IndexError(index)
         rows = slice(index * self.rows, (index + 1) * self.rows) if self.models[0].ndim else ...
         # One call for both would convert on the CPU first, and copy twice the bytes of bfloat16.
-        base, *experts = (model[rows].to(self.device).to(torch.float32) for model in self.models)
+        base, *experts = (model[rows].to(self.device).to(self.dtype) for model in self.models)
         if index in self._unchecked:
             if not finite(base, *experts):
                 raise NumericsError("NaN or Inf in the weights; use checkpoints with finite weights")

@@ -66,9 +66,10 @@ def plan_merge(
         "dtype": dtype,
         "scale": method.scale,
         "passes": method.passes,
+        "precision": _word(method.precision),
         "rotations": _rotations(base, method, roles),
         "given": {name: _words(open_rotations(path)) for name, path in method.rotation_files.items()},
-        "peak_bytes": max(held) * 4 * (2 * len(experts) + 4),
+        "peak_bytes": max(held) * method.precision.itemsize * (2 * len(experts) + 4),
         "warnings": warnings,
     }
 
@@ -95,7 +96,7 @@ def merge_state(
     rotations: Path | None = None,
     grams: Mapping[str, Path] | None = None,
 ) -> dict[str, Tensor]:
-    """The merged tensors in float32, all in memory."""
+    """The merged tensors in the method's precision, all in memory."""
     merger = Merger(base, experts, method, rotations, grams)
     return {name: torch.cat([merged for _, _, merged in merger.parts(name)]) for name in base.tensors}
 

@@ -17,7 +17,7 @@ class Measure:
         self.lost = 0.0
 
     def add(self, base: Tensor, experts: Sequence[Tensor], merged: Tensor, stored: Tensor) -> None:
-        """Adds a tensor or some rows: base, experts and merge in float32, and the merge in the dtype that is stored."""
+        """Adds a tensor or some rows: base, experts and merge as computed, and the merge as it is stored."""
         vectors = [(tensor - base).flatten() for tensor in (*experts, merged)]
         for i, row in enumerate(self.inner):
             for j in range(i + 1):

@@ -100,7 +100,7 @@ class Merger:
         _ = self.statistics, self.factor
 
     def parts(self, name: str, device: str = "cpu") -> Iterator[Merged]:
-        """Base, experts and merge of a tensor in float32, in consecutive pieces of rows. NumericsError names it."""
+        """Base, experts and merge of a tensor as computed, in consecutive pieces of rows. NumericsError names it."""
         return self._parts(name, device, self.factor)
 
     def _parts(self, name: str, device: str, factor: float | None) -> Iterator[Merged]:
@@ -135,7 +135,8 @@ class Merger:
 
     def _pieces(self, name: str, device: str = "cpu") -> Chunks:
         base, experts = self.base.view(name), [expert.view(name) for expert in self.experts.values()]
-        return Chunks(base, experts, rows=self.rows(name), checked=self.base.finite, device=device)
+        dtype = self.method.precision
+        return Chunks(base, experts, rows=self.rows(name), checked=self.base.finite, device=device, dtype=dtype)
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -208,5 +209,5 @@ class Merger:
     def _started(self, name: str, pieces: Chunks) -> Iterable[Tensor]:
         """The start's merge, in its own pieces, by which random ones draw, or whole if they are."""
         assert self._start is not None
-        parts = (part for _, _, part in self._start.parts(name, pieces.device))
+        parts = (part.to(pieces.dtype) for _, _, part in self._start.parts(name, pieces.device))
         return parts if len(pieces) > 1 or not pieces.models[0].ndim else [torch.cat(list(parts))]

@@ -75,6 +75,12 @@ class Method:
         return kind.needed(self.hyper) if kind else None
 
     @property
+    def precision(self) -> torch.dtype:
+        """What it computes in: float64 where it, or the method under it, asks for that."""
+        asked = self.config.get("precision") == "float64"
+        return torch.float64 if asked or (self.of and self.of.precision == torch.float64) else torch.float32
+
+    @property
     def passes(self) -> int:
         """How often the inputs are read: once, and once more for each method in the stack that needs a first pass."""
         first = (self.statistics() is not None) + (self.hyper.get("scale") in GLOBAL)

@@ -48,6 +48,10 @@ KEYS = {  # beside merge=linear and QUIET
     "pattern": (["merge=ties", "merge.per_layer={density: {qq: 0.1}}"], "'qq' is neither a module (q, k, "),
     "top level": (["dtype=float8", "rounding=up"], "rounding is 'up', one of nearest, stochastic"),
     "device": (["device=cuda:77"], "device is 'cuda:77', one of auto, cpu"),
+    "what it is computed in": (
+        ["merge=orthomerge", "merge.precision=float16"],
+        "precision is 'float16', one of float32, float64",
+    ),
     "embeddings": (["merge=wudi", "merge.scope=all"], "merge.scope=all: wudi takes matrices whole"),
     "a solver without the form": (
         ["merge=iso_merger", "merge.solver=first_order", "merge.reproject=false"],
@@ -69,7 +73,8 @@ KEYS = {  # beside merge=linear and QUIET
     "an expert of a preset": (["models.experts={law: x}"], "unknown key 'models.experts.law'; one of: math, code"),
     "keys that there are not": (
         ["merge_scael=1", "merge=ties", "merge.denisty=3", "protcol.n=3"],
-        "did you mean 'density'?; one of: density, scale, normalize, threshold, scope, weights, per_layer; unknown key "
+        "did you mean 'density'?; one of: density, scale, normalize, threshold, scope, precision, weights, "
+        "per_layer; unknown key "
         "'protcol.n'",
     ),
     "a function that is not there": (

@@ -192,6 +192,19 @@ def test_parameters_that_are_left_out_have_their_defaults(name, trio, method, sh
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_float64_gives_the_digits_that_float32_lacks(name, trio, method, of_stages):
+    plain, exact = method(name), method(name, precision="float64")
+    rough, found = (merge_state(*trio, chosen, **of_stages(chosen)) for chosen in (plain, exact))
+    for tensor, merged in found.items():
+        assert merged.dtype == torch.float64
+        torch.testing.assert_close(
+            rough[tensor].double(), merged, rtol=1e-4, atol=1e-4, msg=lambda m, t=tensor: f"{t}: {m}"
+        )
+    with pytest.raises(ConfigError, match=r"merge\.precision is 'double', one of float32, float64"):
+        method(name, precision="double")
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_parameter_that_is_the_same_everywhere_is_the_parameter(name, trio, method, of_stages):
     plain = method(name)
     numbers = {key: value for key, value in plain.hyper.items() if isinstance(value, float)}

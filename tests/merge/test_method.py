@@ -43,7 +43,7 @@ def test_misspelt_key_names_the_nearest_and_all(shipped):
     text = refusal({**shipped("ties"), "denisty": 0.3})
     assert "merge.denisty" in text
     assert "'density'" in text
-    assert "density, scale, normalize, threshold, scope, per_layer, weights" in text
+    assert "density, scale, normalize, threshold, scope, precision, per_layer, weights" in text
 
 
 def test_all_faults_are_told_at_once(shipped):
