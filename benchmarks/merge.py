@@ -201,7 +201,7 @@ def measure(engine: str, name: str, folder: Path, options: argparse.Namespace) -
     out = folder / f"out-{engine}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, __file__, str(folder), "--run", engine, name, "--dtype", options.dtype]
-    command += ["--scope", options.scope] if options.scope else []
+    command += ["--device", options.device, *(["--scope", options.scope] if options.scope else [])]
     if engine == "mergekit":
         peer_config(name, folder, folder / "peer.json", options.peer_dtype)
         script = str(Path(options.mergekit).parent / "mergekit-yaml")
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["copy", *PEERS], help="or all")
     parser.add_argument("--engines", nargs="+", default=["copy", "rotrl", "mergekit"])
     parser.add_argument("--scope", help="of every method, in place of its own: all merges embeddings too")
+    parser.add_argument("--device", default="auto", help="of rotrl's merges: auto (all GPUs, else cpu), cpu, cuda")
     parser.add_argument("--again", action="store_true", help="measure what results.json holds already")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,6 +240,7 @@ def main() -> None:
                 method_of(name, options.scope),
                 folder / "out-rotrl",
                 dtype=options.dtype,
+                device=options.device,
                 overwrite=True,
             )
         return
@@ -248,9 +250,10 @@ def main() -> None:
     print(
         f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
     )
+    device = None if options.device == "auto" else options.device
     written = {
         "copy": "",
-        "rotrl": f" {options.dtype}" + (f" {options.scope}" if options.scope else ""),
+        "rotrl": "".join(f" {word}" for word in (options.dtype, options.scope, device) if word),
         "mergekit": f" {options.peer_dtype}",
     }
     methods = every_method() if options.methods == ["all"] else options.methods

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
+from rotrl.checkpoint.reader import Checkpoint, check_unchanged, open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars
 from rotrl.checkpoint.staging import AlreadyPublished, staging
 from rotrl.checkpoint.writer import valid_manifest, write_manifest, write_weights
@@ -29,5 +29,6 @@ def on_disk(model: Checkpoint, cache: Path) -> Checkpoint:
         with suppress(AlreadyPublished), staging(target, overwrite=True) as folder:
             sha256, files = write_weights(folder, shapes, dtype, lambda name: model.read(name).to(dtype))
             copy_sidecars(model, folder, dtype)
+            check_unchanged([model])
             write_manifest(folder, files, {"weights_sha256": sha256})
     return replace(open_checkpoint(target), finite=model.finite, tokenizer=model.tokenizer, origin=model.given)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,16 @@ def check_family(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
         raise CheckpointError(
             f"models do not fit the base {base.path}: {'; '.join(problems)}; give experts trained from this base"
         )
+
+
+def check_unchanged(models: Iterable[Checkpoint]) -> None:
+    """Raises one CheckpointError that lists every file that is not what it was when its model was opened.
+
+    `view` tells it of what is read later; a file may change while its last tensors are still in use.
+    """
+    stamps = {file: before for model in models for file, before in model.stamps.items()}
+    if changed := [file for file, before in stamps.items() if not file.is_file() or stamp(file) != before]:
+        raise CheckpointError("; ".join(f"{file}: the file changed while it was used; run again" for file in changed))
 
 
 def _with_one_head(model: Checkpoint) -> Checkpoint:

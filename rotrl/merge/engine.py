@@ -15,7 +15,7 @@ import rotrl
 from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.layout import MATRICES, Role, role_of
-from rotrl.checkpoint.reader import Checkpoint, check_family
+from rotrl.checkpoint.reader import Checkpoint, check_family, check_unchanged
 from rotrl.checkpoint.rotations import RotationsFile, open_rotations
 from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
@@ -174,8 +174,10 @@ def _publish(
     """Writes weights, sidecars, card and, last, the manifest, which it gives."""
     models = [merger.base, *merger.experts.values()]
     notes = [*warnings, *merger.notes]
-    with staging(target, overwrite=overwrite, key=fingerprint(inputs)) as folder:
-        stream = Stream(folder, merger, inputs["rounding"], where, fingerprint(inputs), progress)
+    # Shards that a GPU made are not those of a processor to the last bit: a merge is continued on its kind alone.
+    key = f"{fingerprint(inputs)} {torch.device(where[0]).type}"
+    with staging(target, overwrite=overwrite, key=key) as folder:
+        stream = Stream(folder, merger, inputs["rounding"], where, key, progress)
         dtype, measure, sha256, files = _write(stream, inputs["dtype"], notes)
         copy_sidecars(merger.base, folder, dtype)
         names = [model_name(model.given, commit=True) for model in models]
@@ -207,6 +209,7 @@ def _publish(
             "storage_loss": measure.storage_loss,
             "warnings": notes,
         }
+        check_unchanged(models)
         write_manifest(folder, files, content)
     return content
 

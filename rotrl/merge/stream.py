@@ -101,7 +101,7 @@ class Stream:
 
 
 def _streams(devices: Sequence[str]) -> list[torch.cuda.Stream | None]:
-    """A stream for each turn: on one of both the copy of the next tensor would wait for the merge of this one."""
+    """A stream for each turn: on one for both the copy of the next tensor would wait for the merge of this one."""
     gpus = [device for device in devices if torch.device(device).type == "cuda"]
     for device in gpus:
         # CUDA's linear algebra is loaded by the first call, which fails where two threads make it at once.

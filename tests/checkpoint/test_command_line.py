@@ -153,8 +153,10 @@ def test_a_model_that_changes_under_the_merge(step, name, trio, typed, monkeypat
     monkeypatch.setattr(files, "step", at(step, change))
     code, line = typed(*merge(folder, "merge=linear"))
     assert (code, line.count("\n")) == (2, 1), line
-    assert f"{file}: tensor '" in line
-    assert "the file changed while it was used; run again" in line
+    # Bytes are written behind: all other tensors may be merged by then, which leaves it to the check at the end.
+    assert f"{file}: tensor '" in line or step != "staged"
+    assert line.startswith(f"error: {file}: ")
+    assert line.endswith("the file changed while it was used; run again\n")
     assert not (folder / "out").exists()
     assert not list(folder.glob(".out*"))
     assert typed(*merge(folder, "merge=linear"), "overwrite=true")[0] == 0

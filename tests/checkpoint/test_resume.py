@@ -147,6 +147,25 @@ def test_interrupted_with_a_changed_shard_or_another_configuration(root, referen
     assert not left_behind(target.parent)
 
 
+def test_shards_of_another_kind_of_device_are_made_again(root, reference, monkeypatch):
+    whole, steps = reference
+    target = root / "place" / "out"
+    interrupted(root, target, monkeypatch, [step for step in steps if step.endswith(".safetensors written")][2])
+    [left] = abandoned(target)
+    for entry in (left / JOURNAL).iterdir():
+        told = json.loads(entry.read_text())
+        entry.write_text(json.dumps({**told, "key": told["key"].replace("cpu", "cuda")}))
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "step", written.append)
+        linear_of(root, target)
+    assert [step for step in written if step.endswith(".safetensors written")] == [
+        step for step in steps if step.endswith(".safetensors written")
+    ]
+    assert contents(target) == contents(whole)
+    assert not left_behind(target.parent)
+
+
 def test_space_that_finished_shards_take_is_not_asked_for_again(root, reference, monkeypatch):
     whole, steps = reference
     target = root / "place" / "out"

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -196,6 +197,20 @@ def test_nothing_remains_after_an_error(fault, at, trio, method, tmp_path):
     with pytest.raises(expected):
         merge(*trio, method("linear"), tmp_path / "out", progress=progress)
     assert {path.name: contents(path) for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: save_file(load_file(file), file)])
+def test_models_that_change_after_the_last_tensor_are_told(change, trio, method, tmp_path):
+    files = [tmp_path / name / "model.safetensors" for name in ("base", "code")]
+
+    def progress(done, total):
+        for file in files if done == total else ():
+            change(file)
+
+    told = "; ".join(f"{file}: the file changed while it was used; run again" for file in files)
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        merge(*trio, method("linear"), tmp_path / "out", progress=progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "code", "math"]
 
 
 def test_error_while_overwriting_keeps_the_old(trio, method, tmp_path):
