@@ -250,7 +250,7 @@ def main() -> None:
     print(
         f"{'method':<22} {'engine':<9} {'CPU s':>7} {'wall s':>7} {'anon GB':>8} {'error':>9} {'floor':>9}", flush=True
     )
-    device = None if options.device == "auto" else options.device
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
     written = {
         "copy": "",
         "rotrl": "".join(f" {word}" for word in (options.dtype, options.scope, device) if word),

@@ -1,5 +1,7 @@
 """The orthogonal matrix nearest to a map: polar factor and orthogonal Procrustes."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def polar(m: Tensor) -> Tensor:
         exact = m.double()
         found = _by_gram(exact)
         return (polar(exact) if found is None else found).to(m)
-    u, _, vh = singular(m)
+    u, _, vh = _svd(m)
     return _polish(u @ vh)
 
 
@@ -61,7 +63,7 @@ def procrustes(source: Tensor, target: Tensor, *, side: str, anchor: float = 0.0
 
 def nearest(m: Tensor) -> Tensor:
     """The R in O(n) that maximises `tr(R^T m)`: polar(m), on a null space of m the one nearest to I."""
-    u, values, vh = singular(m)
+    u, values, vh = _svd(m)
     floor = values[..., :1] * max(m.shape[-2:]) * torch.finfo(m.dtype).eps
     null = (values <= floor).to(m)[..., None, :]
     # On the null space every completion is a minimiser; the one nearest to I is the polar factor of the overlap of
@@ -75,13 +77,20 @@ def singular(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     On a GPU by `gram_basis` in float64, as its Jacobi SVD of a matrix of some thousand rows takes seconds: U and V are
     orthonormal to rounding whatever the rank, s_i and the pair that belongs to it are right to 1e-16 (s_1 / s_i)^2 of
-    themselves, so to float32's rounding down to 1e-4 s_1, and s_i below max(m, n) 2e-16 s_1 is 0.
+    themselves, so to float32's rounding down to 1e-4 s_1, and s_i below max(m, n) 2e-16 s_1 is 0. Enough for updates,
+    not for polar factors, in which every pair counts as much.
     """
     _check(m)
-    try:
-        if m.is_cuda:
+    if m.is_cuda:
+        with suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             u, s, v = (part.to(m) for part in gram_basis(m))
             return u, s, v.mT
+    return _svd(m)
+
+
+def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(m)
+    try:
         return torch.linalg.svd(m, full_matrices=False)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         pass  # LAPACK's divide and conquer does not converge on some matrices, and mostly does on the transposes

@@ -120,9 +120,9 @@ def merge(
     `dtype` auto is the base's where storing loses less than 1 % of the update, else float32. `rounding` stochastic
     keeps the mean of updates smaller than the dtype's steps. `device` (auto: all GPUs, else cpu) is where matrices are
     merged; vectors and work by rows take less time than their way to a GPU. A run that was killed goes on after its
-    last whole shard. Gives path, sha256, fingerprint, reused, seconds, dtype,
-    effective_coefficient (along sum d_i), coefficients (per expert, least squares), norm_ratio (|d| / mean |d_i|),
-    storage_loss, warnings.
+    last whole shard, if that was made on the same kind of device. Gives path, sha256, fingerprint, reused, seconds,
+    dtype, effective_coefficient (along sum d_i), coefficients (per expert, least squares), norm_ratio
+    (|d| / mean |d_i|), storage_loss, warnings.
     """
     begun, target = time.monotonic(), Path(target)
     if dtype != "auto":
@@ -174,8 +174,9 @@ def _publish(
     """Writes weights, sidecars, card and, last, the manifest, which it gives."""
     models = [merger.base, *merger.experts.values()]
     notes = [*warnings, *merger.notes]
-    # Shards that a GPU made are not those of a processor to the last bit: a merge is continued on its kind alone.
-    key = f"{fingerprint(inputs)} {torch.device(where[0]).type}"
+    # Shards that a GPU made are not those of a processor to the last bit: a merge is continued on its kinds alone.
+    places = {merger.place(name, where[0]) for name in merger.base.tensors}
+    key = f"{fingerprint(inputs)} {' '.join(sorted({torch.device(place).type for place in places}))}"
     with staging(target, overwrite=overwrite, key=key) as folder:
         stream = Stream(folder, merger, inputs["rounding"], where, key, progress)
         dtype, measure, sha256, files = _write(stream, inputs["dtype"], notes)

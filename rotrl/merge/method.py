@@ -102,11 +102,10 @@ class Method:
     def merges_a_pair(self) -> bool:
         return get_type_hints(self.function).get("experts") == Pair
 
-    @property
-    def averages(self) -> bool:
-        """Whether it gives the experts' mean, by its nature or by its parameter `normalize`, and not their sum."""
+    def averages(self, hyper: Mapping[str, Any]) -> bool:
+        """Whether it gives the experts' mean, by its nature or by the parameter `normalize`, and not their sum."""
         hint = get_type_hints(self.function, include_extras=True).get("experts")
-        return "averaged" in get_args(hint) or self.hyper.get("normalize") is True
+        return "averaged" in get_args(hint) or hyper.get("normalize") is True
 
     @property
     def kind(self) -> str:
@@ -173,7 +172,7 @@ class Method:
             yield from ((base, experts, below) for (base, experts), below in zip(pieces, merged, strict=True))
             return
         else:
-            if self.averages:
+            if "scale" in hyper and self.averages(hyper):
                 hyper["weights"] = shares(hyper.get("weights"), count, positive=True)
             function, hyper = linear_rule(hyper, pair=self.merges_a_pair)
             parameters = parameters_of(function)
@@ -214,7 +213,7 @@ def bind(config: Mapping[str, Any], expert_names: Sequence[str]) -> Method:
     problems = key_faults(config, parameters, function.__name__, sections)
     if not expert_names:
         problems.append("no experts to merge; give models.experts")
-    if hints.get("experts") == Pair and len(expert_names) != 2:
+    if get_type_hints(function).get("experts") == Pair and len(expert_names) != 2:
         problems.append(f"{function.__name__} merges two experts, not {len(expert_names)} ({', '.join(expert_names)})")
     hyper = {key: config.get(key, signature[key].default) for key in parameters}
     problems += [f"merge.{key} is missing" for key, value in hyper.items() if value is Parameter.empty]
@@ -266,14 +265,14 @@ def _rehearse(method: Method, count: int) -> None:
 
 
 def _variants(method: Method) -> Iterator[dict[str, Any]]:
-    """The parameters as they stand, and with what is given by layer: the ends of all lists, and each value of a map."""
+    """The parameters as they stand, and with what is given by layer: the ends of all lists, and what a pattern has."""
     yield method.hyper
     lists = {key: values for key, values in method.per_layer.items() if isinstance(values, list)}
     for end in (0, -1) if lists else ():
         yield method.hyper | {key: values[end] for key, values in lists.items()}
-    for key, values in method.per_layer.items():
-        if isinstance(values, Mapping):
-            yield from (method.hyper | {key: value} for value in values.values())
+    maps = {key: values for key, values in method.per_layer.items() if isinstance(values, Mapping)}
+    for pattern in dict.fromkeys(pattern for values in maps.values() for pattern in values):
+        yield method.hyper | {key: values[pattern] for key, values in maps.items() if pattern in values}
 
 
 def tensor_seed(seed: int, tensor: str) -> int:

@@ -125,7 +125,8 @@ def sequential(
     """
 
     def in_turn(found: Turns, powers: Sequence[Turn]) -> Turn:
-        whole = reduce(found.compose, [found.exp(power, rows=power.theta.shape[-1]) for power in powers])
+        each = (found.combined([found.exp(power, rows=power.theta.shape[-1])]) for power in powers)
+        whole = reduce(found.compose, each)
         return Turn(whole.theta[..., : found.rank, :], whole.of)
 
     w = [scale * weight for weight in weights or [1.0] * len(experts)]
@@ -148,7 +149,8 @@ def _turned(
     def merged(w0: Tensor, *ws: Tensor) -> Tensor:
         vectors = [x - w0 for x in ws]
         found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
-        powers = [found.combined([found.log(q)], [share]) for q, share in zip(found.generators, w, strict=True)]
+        logs = [found.log(q) for q in found.generators]
+        powers = [log._replace(theta=share * log.theta) for log, share in zip(logs, w, strict=True)]
         return w0 + with_residuals(found, rule(found, powers), vectors, [residual_scale * share for share in w])
 
     return on_the_right(merged, [base, *experts], side)

@@ -156,7 +156,7 @@ def test_scope_matrices_leaves_the_rest_to_the_linear_rule(name, trio, method, o
     while rule.of is not None:
         rule = rule.of
     t = rule.hyper.get("t") if rule.merges_a_pair else None
-    scale = rule.hyper.get("scale", 1.0) / (2 if rule.averages or "scale" not in rule.hyper else 1)
+    scale = rule.hyper.get("scale", 1.0) / (2 if rule.averages(rule.hyper) or "scale" not in rule.hyper else 1)
     for tensor, merged in states["matrices"].items():
         if role_of(tensor, merged.shape).is_matrix:
             if "all" in states:

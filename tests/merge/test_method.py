@@ -111,6 +111,8 @@ def test_wrong_values(name, change, shipped):
 @pytest.mark.parametrize("density", [[0.5, 0.95], {"q": 0.95}])
 def test_values_by_layer_that_do_not_go_together(density, shipped):
     assert "merge.density=0.95 and merge.epsilon=0.15" in refusal(shipped("della", per_layer={"density": density}))
+    together = {"density": {"q": 0.95}, "epsilon": {"q": 0.02}}
+    assert bind(shipped("della", per_layer=together), EXPERTS).per_layer == together
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_wrong_targets(target):
 
 
 def test_counts_of_experts(shipped):
-    for name in ("slerp", "geodesic", "geodesic_aligned", "interpolation"):
+    for name in ("slerp", "nuslerp", "geodesic", "geodesic_aligned", "interpolation"):
         assert "merges two experts, not 3 (a, b, c)" in refusal(shipped(name), ["a", "b", "c"])
     assert "no experts" in refusal(shipped("linear"), [])
 
@@ -152,6 +154,8 @@ def test_scope_of_elementwise_methods(method):
     assert torch.equal(call(method("ties", scope="matrices", scale=1.0), NORM, (4,)), torch.full((4,), 2.0))
     added = method("ties", scope="matrices", scale=1.0, normalize=False)
     assert torch.equal(call(added, NORM, (4,)), torch.full((4,), 4.0))
+    by_module = method("ties", scope="matrices", scale=1.0, per_layer={"normalize": {"norm": False}})
+    assert torch.equal(call(by_module, NORM, (4,)), torch.full((4,), 4.0))
     assert torch.equal(call(method("ties", scope="all", scale=1.0), NORM, (4,)), torch.full((4,), 2.0))
 
 

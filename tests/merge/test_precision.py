@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rotrl.checkpoint.rotations import Rotation, save_rotations
+from rotrl.checkpoint.rounding import cast
 from rotrl.merge.engine import merge, merge_state, plan_merge
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -40,13 +43,40 @@ def test_orthomerge_is_that_of_float64(trio, method):
     assert worst > 1e-9
 
 
+def nearest(x, bits):
+    """Float64 values that the dtype with so many bits after the point holds, half to even; normal numbers only."""
+    step = np.exp2(np.frexp(x)[1] - 1.0 - bits)
+    return torch.as_tensor(np.rint(x / step) * step)
+
+
+@given(
+    head=st.integers(-(2**11), 2**11),
+    tail=st.floats(-1, 1),
+    size=st.sampled_from([0.0, 2.0**-40, 2.0**-24, 0.5, 1.0]),
+    power=st.integers(-10, 3),
+)
+def test_no_value_of_float64_is_rounded_twice(head, tail, size, power):
+    x = np.array([2.0**power * (head + size * tail)])
+    for dtype, bits in ((torch.bfloat16, 7), (torch.float16, 10)):
+        if x[0] and 2.0**-13 < abs(x[0]) < 6e4:
+            assert torch.equal(cast(torch.tensor(x), dtype, "nearest", "x").double(), nearest(x, bits))
+    tensor = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 1e300, 0.0, 1 + 2**-8 + 2**-40], dtype=torch.float64
+    )
+    expected = [float("nan"), float("inf"), -float("inf"), float("inf"), 0.0, 1 + 2**-7]
+    torch.testing.assert_close(
+        cast(tensor, torch.bfloat16, "nearest", "x").double(), torch.tensor(expected).double(), equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_stored_is_rounded_once(dtype, trio, method, tmp_path):
     exact = method("orthomerge", precision="float64")
     result = merge(*trio, exact, tmp_path / "out", dtype=dtype)
     state = merge_state(*trio, exact)
     for name, stored in load_file(tmp_path / "out" / "model.safetensors").items():
-        assert torch.equal(stored, state[name].to(getattr(torch, dtype)))
+        expected = state[name].float() if dtype == "float32" else nearest(state[name].numpy(), 7).bfloat16()
+        assert torch.equal(stored, expected)
     assert (0 < result["storage_loss"] < 1e-6) == (dtype == "float32")
     other = merge(*trio, method("orthomerge"), tmp_path / "rough", dtype=dtype)
     assert other["fingerprint"] != result["fingerprint"]
