@@ -41,7 +41,7 @@ def run(cfg: dict[str, Any], given: Path | None, command: str) -> dict[str, Any]
         return record.data
     preflight(prepared, folder)
     check_manifests(prepared)
-    settle(cfg, prepared.digest, prepared.weights, folder, record.data)
+    settle(cfg, prepared.digest, prepared.weights, prepared.places(), folder, record.data)
     one_thread_for_small_matrices(prepared)
     stages = Stages(Path(cfg["cache_dir"]), folder, lambda text: console.print(text, highlight=False))
     console.print(f"run folder {folder}", highlight=False)

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from rotrl.app.check import together
 from rotrl.app.prepare import Prepared
-from rotrl.app.run_folder import is_numbered
+from rotrl.app.run_folder import goes_aside
 from rotrl.checkpoint.folder import stands_in_a_folder
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.checkpoint.writer import MANIFEST, valid_manifest
@@ -135,11 +135,11 @@ def check_outputs(prepared: Prepared, folder: Path) -> None:
     cfg, needed, target = prepared.cfg, 0, folder
     models = [prepared.base, *prepared.experts.values()]
     told = {"dtype": cfg["dtype"], "rounding": cfg["rounding"]}
-    old = Record(folder / "record.json").data
-    aside = bool(old) and not cfg["output"] and is_numbered(folder, cfg) and old["digest"] != prepared.digest
-    replaced = cfg["overwrite"] or aside  # with what it merged, as `settle` does
+    aside = goes_aside(folder, cfg, prepared.digest, Record(folder / "record.json").data)
     for label, method in prepared.methods.items():
         target = target_of(prepared, folder, label)
-        if check_target(target, models, {**told, "merge": method.config}, overwrite=replaced) is None:
+        inputs = {**told, "merge": method.config}
+        free = aside and target.resolve().is_relative_to(folder.resolve())  # what is there moves with the folder
+        if free or check_target(target, models, inputs, overwrite=cfg["overwrite"]) is None:
             needed += plan_merge(prepared.base, prepared.experts, method, dtype=cfg["dtype"])["bytes"]
     check_space(target, needed)

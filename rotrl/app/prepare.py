@@ -74,6 +74,13 @@ class Prepared:
         files = [file_sha256(Path(path)) for method in self.methods.values() for path in method.rotation_files.values()]
         return digest([settings, self.weights, controls, asked, *([files] if files else []), source_digest(PACKAGES)])
 
+    def places(self) -> list[Path]:
+        """The folders of the models and the files of rotations that the run reads."""
+        others = [model for pair in self.others.values() for model in pair]
+        models = [self.base, *self.experts.values(), *self.controls.values(), *others]
+        folders = [place for model in models for place in (model.path, model.given, model.tokenizer_folder)]
+        return [*folders, *(Path(file) for method in self.methods.values() for file in method.rotation_files.values())]
+
     def stack(self) -> list[Method]:
         """Every method, and those that others work on."""
         return [under for method in self.methods.values() for under in (method, method.of) if under is not None]

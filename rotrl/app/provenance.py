@@ -60,6 +60,12 @@ def at_work(record: Mapping[str, Any]) -> bool:
     return writer == process(writer["number"])
 
 
+def of_another_machine(record: Mapping[str, Any]) -> bool:
+    """Whether a run has not ended, as far as its record tells, and began where its process can't be looked up."""
+    machine = (record.get("process") or {}).get("machine")
+    return record.get("status") == "running" and machine not in (None, process(os.getpid())["machine"])
+
+
 def models(prepared: Prepared) -> dict[str, Any]:
     others = {
         name: {"base": model_facts(base), **model_facts(tuned)} for name, (base, tuned) in prepared.others.items()

@@ -62,7 +62,7 @@ def regrade(cfg: dict[str, Any], overrides: list[str], given: Path | None, comma
     if done_before(record, key, cfg, console):
         return
     weights = {name: model.get("sha256", "") for name, model in _flat(found.models).items()}
-    settle(cfg, key, weights, folder, record.data)
+    settle(cfg, key, weights, found.files, folder, record.data)
     console.print(f"run folder {folder}\n{found.origin}", highlight=False, markup=False)
     record.data = provenance.start(cfg, key, found.models, command) | {"merges": found.merges}
     with bar(console, "grade") as progress:

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,56 @@ def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Conso
     """Shows a run that has nothing left to do."""
     done = record.data.get("status") == "done" and record.data["digest"] == digest and not cfg["overwrite"]
     if done:
-        os.utime(record.path)  # a multirun tells the jobs of its own by it
+        with suppress(OSError):  # a place that can't be written shows its runs all the same
+            os.utime(record.path)  # a multirun tells the jobs of its own by it
         folder = record.path.parent
         console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
         show(record.data, console)
     return done
 
 
-def settle(cfg: dict[str, Any], digest: str, weights: dict[str, str], folder: Path, old: dict[str, Any]) -> None:
+def settle(
+    cfg: dict[str, Any],
+    digest: str,
+    weights: dict[str, str],
+    reads: Iterable[Path],
+    folder: Path,
+    old: dict[str, Any],
+) -> None:
     """Makes the run folder. One that the user named and that holds another run is refused, naming what differs; in a
-    multirun, which numbers its folders, the older run is moved aside."""
+    multirun, which numbers its folders, the older run is moved aside, unless it holds what this one `reads`."""
     if provenance.at_work(old):
         number = old["process"]["number"]
         raise ConfigError(
             f"{folder}: process {number} is at work on a run there; wait for it or choose another run_dir"
         )
-    if old and (cfg["overwrite"] or (is_numbered(folder, cfg) and old["digest"] != digest)):
+    if goes_aside(folder, cfg, digest, old):
+        check_movable(folder, cfg, reads, old)
         folder.rename(folder.with_name(f"{folder.name}.{old['digest'][:8]}.{int(time.time())}"))
     elif old and old["digest"] != digest:
         changed = provenance.differing_keys(old, cfg, weights)
         raise ConfigError(f"{folder} holds another run ({changed} differ); choose another run_dir or overwrite=true")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def goes_aside(folder: Path, cfg: dict[str, Any], digest: str, old: dict[str, Any]) -> bool:
+    """Whether the run in the folder is moved aside for the run of this digest."""
+    return bool(old) and (cfg["overwrite"] or (is_numbered(folder, cfg) and old["digest"] != digest))
+
+
+def check_movable(folder: Path, cfg: dict[str, Any], reads: Iterable[Path], old: dict[str, Any]) -> None:
+    """ConfigError where another machine may be writing in the folder, or this run reads what lies there."""
+    if provenance.of_another_machine(old) and not cfg["overwrite"]:
+        raise ConfigError(
+            f"{folder}: a run of another machine is or was at work there; choose another hydra.sweep.dir, or "
+            "overwrite=true if it has ended"
+        )
+    for path in reads:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{folder} holds {path}, which this run reads, and would be moved aside; choose another run_dir, in a "
+                "multirun hydra.sweep.dir"
+            )
 
 
 def is_numbered(folder: Path, cfg: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ from hydra.experimental.callback import Callback
 
 from rotrl import config
 
+RECORDLESS = {"plan_only", "verify", "doctor", "job"}  # what these ask for leaves no record
+
 
 class SweepCallback(Callback):
     """Hydra calls on_multirun_end only when every job succeeded; `finish` is called in any case by `__main__`."""
 
     folder: Path | None = None  # of the multirun in progress
     began = 0  # by the file system's clock, as records are
+    runs = True  # whether its jobs are runs
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         folder = SweepCallback.folder = Path(config.hydra.sweep.dir)
         SweepCallback.began = 0
-        if folder.is_dir():  # jobs of an earlier multirun may lie there
-            os.utime(folder)
+        typed = {text.lstrip("+").partition("=")[0] for text in config.hydra.overrides.task}
+        SweepCallback.runs = not RECORDLESS & typed
+        with suppress(OSError):  # no folder yet, or one that can't be written: then all jobs there are shown
+            os.utime(folder)  # jobs of an earlier multirun may lie there
             SweepCallback.began = folder.stat().st_mtime_ns
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
@@ -55,7 +61,10 @@ def show_table() -> None:
     paths = [path for path in jobs if path.stat().st_mtime_ns >= SweepCallback.began]
     paths.sort(key=lambda path: int(path.parent.name))  # a job that was refused has left no record
     records = [json.loads(path.read_text()) | {"job": int(path.parent.name)} for path in paths]
+    console = Console()
+    if not (records or SweepCallback.runs):
+        return
     if records:
-        sweep_table(records, console := Console())
-        if page := render_sweep(records, folder):
-            console.print(f"report: {page}", highlight=False, markup=False)
+        sweep_table(records, console)
+    if page := render_sweep(records, folder):
+        console.print(f"report: {page}", highlight=False, markup=False)

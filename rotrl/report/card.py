@@ -1,6 +1,6 @@
 """The cards of merged models with what the run found: README.md of each where it is published.
 
-A merge's own folder is kept by content and shared by all runs that ask for it, so its card says nothing of a run.
+A merge's own README.md is sealed by its manifest and written before anything is scored, so it says nothing of the run.
 """
 
 import io

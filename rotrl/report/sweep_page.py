@@ -1,6 +1,7 @@
 """The page of a multirun whose jobs compare, with its figure and tables."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ from rotrl.report import curves, figures, protocols
 from rotrl.report.html import render
 from rotrl.report.redact import redact
 
+TABLES = ("protocols", "curves", "differences")
+
 
 def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
     """Writes report.html, figures and tables of a multirun whose jobs compare: protocols.csv where they differ in the
-    protocol, curves.csv and differences.csv where they differ in a number; else None, each job has its own page."""
+    protocol, curves.csv and differences.csv where they differ in a number; else None, each job has its own page.
+    Those of an earlier multirun are removed."""
+    remove_page(folder)
+    if not records:
+        return None
     records = redact(records)
     shown: dict[str, Any] = {"protocols": protocols.protocol_rows(records)}
     if shown["protocols"]:
@@ -45,6 +52,18 @@ def render_sweep(records: list[dict[str, Any]], folder: Path) -> Path | None:
     )
     figures.draw(joined, folder)
     return render(joined, folder)
+
+
+def remove_page(folder: Path) -> None:
+    """Removes what an earlier multirun showed of its own jobs; the page, the last to be written, goes last."""
+    page = folder / "report.html"
+    if not page.exists():  # files of these names are then not of a multirun
+        return
+    drawn = [folder / "figures" / f"{name}.{kind}" for name in figures.FIGURES for kind in ("svg", "png")]
+    with suppress(OSError):  # a place that can't be written keeps what it holds
+        for file in (*drawn, *(folder / f"{name}.csv" for name in TABLES), page):
+            file.unlink(missing_ok=True)
+        (folder / "figures").rmdir()  # if there is one and the user has put nothing there
 
 
 def done(record: Mapping[str, Any]) -> bool:

@@ -149,3 +149,15 @@ def test_page_tables_and_figure(records, tmp_path):
     assert list(config) == ["1", "2", "3", "4"]
     assert (folder / "curves.csv").read_text().count("\n") == 1 + len(curves(records)["rows"])
     assert sorted(path.name for path in (folder / "figures").iterdir()) == ["curves.png", "curves.svg"]
+
+
+def test_the_page_of_an_earlier_multirun_goes(records, tmp_path):
+    folder = tmp_path / "multirun"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    assert render_sweep(records, folder) is not None
+    assert render_sweep(records[:1], folder) is None
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "curves.csv").touch()  # of the user: no page stands beside it
+    assert render_sweep([], folder) is None
+    assert (folder / "curves.csv").exists()
