@@ -64,6 +64,7 @@ def _main() -> int:
         run()
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+        exec("")  # else CPython ends by SIGINT, whatever the code, where the interruption fell into an exec of text
         return os.EX_TEMPFAIL if STOPPED else 130
     except Exception as error:
         sweep.show_table()

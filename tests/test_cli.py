@@ -219,3 +219,16 @@ def test_edited_problems_are_not_answered_by_an_old_run(tmp_path: Path) -> None:
     assert not any("done before, nothing to do" in out for out in runs)
     assert "6 samples generated" in runs[0]
     assert "0 samples generated, 6 reused" in runs[1]  # the answers are the same, their verdicts are not
+
+
+def test_an_interruption_of_generated_code_has_its_exit_code_too(tmp_path):
+    """CPython remembers one that fell into an exec of text, as dataclasses do, and ends by SIGINT."""
+    (tmp_path / "interrupted.py").write_text(
+        "import hydra\n"
+        "hydra.main = lambda **_: lambda task: lambda: exec('raise KeyboardInterrupt')\n"
+        "from rotrl.__main__ import main\n"
+        "main()\n"
+    )
+    process = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 130, process.stderr
+    assert "the same command continues" in process.stderr
