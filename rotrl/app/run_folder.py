@@ -18,9 +18,10 @@ def done_before(record: Record, digest: str, cfg: dict[str, Any], console: Conso
     """Shows a run that has nothing left to do."""
     done = record.data.get("status") == "done" and record.data["digest"] == digest and not cfg["overwrite"]
     if done:
-        with suppress(OSError):  # a place that can't be written shows its runs all the same
-            os.utime(record.path)  # a multirun tells the jobs of its own by it
         folder = record.path.parent
+        if folder.name.isdigit():
+            with suppress(OSError):  # a place that can't be written shows its runs all the same
+                os.utime(record.path)  # a multirun tells its own jobs by it
         console.print(f"done before, nothing to do: {folder} (overwrite=true does it again)", highlight=False)
         show(record.data, console)
     return done
