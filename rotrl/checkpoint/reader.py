@@ -69,7 +69,9 @@ class Checkpoint:
                 raise CheckpointError(f"{info.file}: tensor '{name}': the file changed while it was used; run again")
             with safe_open(info.file, framework="pt") as handle:
                 tensor = handle.get_tensor(info.stored or name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # torch's, of a file that is too short
+            if info.file.is_file():
+                check_unchanged([self])
             raise CheckpointError(f"{info.file}: tensor '{name}' can't be read ({error}); get it again") from error
         return self.derived[name](tensor) if name in self.derived else tensor
 
