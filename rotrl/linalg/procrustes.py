@@ -26,7 +26,6 @@ def polar(m: Tensor) -> Tensor:
 
 def _by_gram(m: Tensor) -> Tensor | None:
     """`m (m^T m)^(-1/2)` in float64, off by about 1e-8; None where the squared condition number is above 1e10."""
-    _check(m)
     if m.shape[-2] < m.shape[-1]:
         found = _by_gram(m.mT)
         return None if found is None else found.mT
@@ -80,8 +79,7 @@ def singular(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     themselves, so to float32's rounding down to 1e-4 s_1, and s_i below max(m, n) 2e-16 s_1 is 0. Enough for updates,
     not for polar factors, in which every pair counts as much.
     """
-    _check(m)
-    if m.is_cuda:
+    if m.is_cuda and m.isfinite().all():
         with suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             u, s, v = (part.to(m) for part in gram_basis(m))
             return u, s, v.mT
@@ -89,7 +87,8 @@ def singular(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check(m)
+    if not m.isfinite().all():
+        raise NumericsError("NaN or Inf in a matrix whose singular values are needed; check the weights")
     try:
         return torch.linalg.svd(m, full_matrices=False)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -99,11 +98,6 @@ def _svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return vh.mT, s, u.mT
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericsError(f"the singular value decomposition failed ({error}); check the weights") from error
-
-
-def _check(m: Tensor) -> None:
-    if not m.isfinite().all():
-        raise NumericsError("NaN or Inf in a matrix whose singular values are needed; check the weights")
 
 
 def _polish(q: Tensor) -> Tensor:

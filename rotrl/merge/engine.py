@@ -32,7 +32,7 @@ from rotrl.merge.target import check_space, fingerprint, reusable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_LIMIT = 0.01
 PROBES = 8
-NUMBERS = 7  # raised whenever the same configuration gives other numbers than before
+NUMBERS = 8  # raised whenever the same configuration gives other numbers than before
 
 
 def plan_merge(

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from rotrl.errors import NumericsError
-from rotrl.linalg.small import given_turns, turns
 from rotrl.linalg.turns import Turn, Turns
 from rotrl.merge.linear import shares
-from rotrl.merge.rotation import Given, lie_sum, on_one_side, on_the_right, with_residuals
+from rotrl.merge.rotation import Given, lie_sum, turned
 from rotrl.merge.types import Averaged, Count, Equivariant, NonNegative, Positive, Side
 
 Weights = Sequence[float] | None
@@ -101,17 +100,12 @@ def _averaged(
     anchor: float,
     rotations: Given,
 ) -> Tensor:
-    w = shares(weights, len(experts), positive=True)
-    side, given = on_one_side(rotations, side)
 
-    def merged(w0: Tensor, *ws: Tensor) -> Tensor:
-        vectors = [x - w0 for x in ws]
-        found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
+    def rule(found: Turns, w: Sequence[float]) -> Turn:
         whole = mean(found, [found.whole(q) for q in found.generators], w)
-        if scale != 1:
-            generator = found.log(found.inverse_cayley(whole))
-            whole = found.exp(found.combined([generator], [scale]))
-        rows = Turn(whole.theta[..., : found.rank, :], whole.of)
-        return w0 + with_residuals(found, rows, vectors, [scale * residual_scale * x for x in w])
+        if scale == 1:
+            return whole
+        return found.exp(found.combined([found.log(found.inverse_cayley(whole))], [scale]))
 
-    return on_the_right(merged, [base, *experts], side)
+    w = shares(weights, len(experts), positive=True)
+    return turned(rule, base, experts, w, scale * residual_scale, side, anchor, rotations)

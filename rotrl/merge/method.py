@@ -16,7 +16,7 @@ from rotrl.errors import ConfigError, NumericsError
 from rotrl.merge.check import gram_faults, key_faults, per_layer_of, renamed, rotations_faults, value_at, weights_of
 from rotrl.merge.chunks import rows_of
 from rotrl.merge.linear import linear_rule, shares
-from rotrl.merge.scale import GLOBAL, Merged, at_scale
+from rotrl.merge.scale import GLOBAL, Merged, at_scale, mean_as_number
 from rotrl.merge.signature import class_of, function_of, kind_of, parameters_of, unless_of
 from rotrl.merge.span import TALL, in_their_span
 from rotrl.merge.statistics import Statistics
@@ -173,6 +173,7 @@ class Method:
             return
         else:
             if "scale" in hyper and self.averages(hyper):
+                hyper = mean_as_number(hyper, count)  # of the weights as they were given
                 hyper["weights"] = shares(hyper.get("weights"), count, positive=True)
             function, hyper = linear_rule(hyper, pair=self.merges_a_pair)
             parameters = parameters_of(function)

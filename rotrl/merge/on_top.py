@@ -53,5 +53,5 @@ def spectrum_projection(
     """`U diag(s) V^T` of `W = U diag(.) V^T`, s the singular values of the base or the mean of the experts' own."""
     u, _, vh = singular(merged.double())
     models = [base] if reference == "base" else experts
-    s = torch.stack([singular(model.double())[1] for model in models]).mean(0)
+    s = torch.stack([torch.linalg.svdvals(model.double()) for model in models]).mean(0)
     return ((u * s) @ vh).to(base)

@@ -101,11 +101,11 @@ def lie_sum(
 ) -> Tensor:
     """Sum in the Lie algebra: `W0 exp(scale sum w_k log R_k) + scale residual_scale sum w_k E_k`."""
 
-    def together(found: Turns, powers: Sequence[Turn]) -> Turn:
-        return found.exp(found.combined(powers))
+    def rule(found: Turns, w: Sequence[float]) -> Turn:
+        return found.exp(found.combined([found.log(q) for q in found.generators], w))
 
     w = [scale * weight for weight in weights or [1.0] * len(experts)]
-    return _turned(together, base, experts, w, residual_scale, side, anchor, rotations)
+    return turned(rule, base, experts, w, residual_scale, side, anchor, rotations)
 
 
 def sequential(
@@ -124,17 +124,18 @@ def sequential(
     In the order of the experts; lie_sum where rotations commute. What it gives in another order is how far they don't.
     """
 
-    def in_turn(found: Turns, powers: Sequence[Turn]) -> Turn:
+    def rule(found: Turns, w: Sequence[float]) -> Turn:
+        logs = [found.log(q) for q in found.generators]
+        powers = [log._replace(theta=share * log.theta) for log, share in zip(logs, w, strict=True)]
         each = (found.combined([found.exp(power, rows=power.theta.shape[-1])]) for power in powers)
-        whole = reduce(found.compose, each)
-        return Turn(whole.theta[..., : found.rank, :], whole.of)
+        return reduce(found.compose, each)
 
     w = [scale * weight for weight in weights or [1.0] * len(experts)]
-    return _turned(in_turn, base, experts, w, residual_scale, side, anchor, rotations)
+    return turned(rule, base, experts, w, residual_scale, side, anchor, rotations)
 
 
-def _turned(
-    rule: Callable[[Turns, Sequence[Turn]], Turn],
+def turned(
+    rule: Callable[[Turns, Sequence[float]], Turn],
     base: Tensor,
     experts: Sequence[Tensor],
     w: Sequence[float],
@@ -143,15 +144,15 @@ def _turned(
     anchor: float,
     rotations: Given,
 ) -> Tensor:
-    """W0 turned by what `rule` makes of the generators w_k log R_k, and the residuals."""
+    """`W0 R + residual_scale sum w_k E_k`, R - I what `rule` makes of the experts' rotations and their w_k."""
     side, given = on_one_side(rotations, side)
 
     def merged(w0: Tensor, *ws: Tensor) -> Tensor:
         vectors = [x - w0 for x in ws]
         found = given_turns(w0, given) if given else turns(w0, vectors, anchor=anchor)
-        logs = [found.log(q) for q in found.generators]
-        powers = [log._replace(theta=share * log.theta) for log, share in zip(logs, w, strict=True)]
-        return w0 + with_residuals(found, rule(found, powers), vectors, [residual_scale * share for share in w])
+        whole = rule(found, w)
+        rows = Turn(whole.theta[..., : found.rank, :], whole.of)
+        return w0 + with_residuals(found, rows, vectors, [residual_scale * share for share in w])
 
     return on_the_right(merged, [base, *experts], side)
 

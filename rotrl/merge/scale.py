@@ -41,6 +41,16 @@ class Sums:
         return wanted / found if wanted else 1.0
 
 
+def mean_as_number(hyper: dict[str, Any], count: int) -> dict[str, Any]:
+    """The parameters with the rule `mean` as what it stands for, 1 / sum w_i."""
+    if hyper.get("scale") != "mean":
+        return hyper
+    total = sum(hyper.get("weights") or [1.0] * count)
+    if not total:
+        raise ConfigError("merge.weights sum to 0, by which merge.scale=mean divides; give others or a number")
+    return hyper | {"scale": 1 / total}
+
+
 def at_scale(
     merge: Callable[[dict[str, Any]], Iterable[Merged]], count: int, hyper: dict[str, Any], factor: float | None = None
 ) -> Iterator[Merged]:
@@ -50,13 +60,9 @@ def at_scale(
     sum: scale 1. norm and retention: `W0 + lambda d` with lambda by `Sums` of the tensor, norm_global and
     retention_global: with the `factor` that is given, by those of the whole model.
     """
+    hyper = mean_as_number(hyper, count)
     rule = hyper.get("scale")
-    if rule == "mean":
-        total = sum(hyper.get("weights") or [1.0] * count)
-        if not total:
-            raise ConfigError("merge.weights sum to 0, by which merge.scale=mean divides; give others or a number")
-        hyper = hyper | {"scale": 1 / total}
-    elif isinstance(rule, str):
+    if isinstance(rule, str):
         hyper = hyper | {"scale": 1.0}
     if rule not in ("norm", "retention", *GLOBAL):
         yield from merge(hyper)

@@ -182,6 +182,18 @@ def test_equal_experts_give_that_expert_in_every_tensor_of_a_mean(name, trio, me
         torch.testing.assert_close(found, expert.read(tensor), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", AVERAGING)
+def test_the_rest_of_a_mean_has_the_same_scale(name, trio, method):
+    """Of equal experts a mean is their update, and its scale 1 / T as a rule and as a number are one."""
+    base, (expert, _) = trio[0], trio[1].values()
+    two = {"math": expert, "code": expert}
+    merged = [merge_state(base, two, method(name, scope="matrices", scale=scale)) for scale in ("mean", 0.5)]
+    for tensor in base.tensors:
+        torch.testing.assert_close(merged[0][tensor], merged[1][tensor])
+        if not role_of(tensor, base.tensors[tensor].shape).is_matrix:
+            torch.testing.assert_close(merged[0][tensor], (base.read(tensor) + expert.read(tensor)) / 2)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_parameters_that_are_left_out_have_their_defaults(name, trio, method, shipped, of_stages):
     needed = {key: value for key, value in shipped(name).items() if key in ("_target_", "of", "scope", "gram")}

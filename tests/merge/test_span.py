@@ -14,26 +14,6 @@ from rotrl.merge.method import bind
 from rotrl.merge.signature import function_of, kind_of
 
 EMBEDDING = "model.embed_tokens.weight"
-EQUIVARIANT = (
-    "tsv_m",
-    "iso_c",
-    "iso_cts",
-    "knots_ties",
-    "rewiring",
-    "resmerge",
-    "split_task_arithmetic",
-    "orthomerge",
-    "lie_sum",
-    "sequential",
-    "lie_mean",
-    "karcher_rotation",
-    "chordal",
-    "geodesic",
-    "iso_merger",
-    "svc",
-    "subspace_boosting",
-    "spectrum_projection",
-)
 SIDES = (
     "split_task_arithmetic",
     "orthomerge",
@@ -43,6 +23,19 @@ SIDES = (
     "karcher_rotation",
     "chordal",
     "geodesic",
+)
+EQUIVARIANT = (
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "knots_ties",
+    "rewiring",
+    "resmerge",
+    *SIDES,
+    "iso_merger",
+    "svc",
+    "subspace_boosting",
+    "spectrum_projection",
 )
 FULL_RANK = ("tsv_m", "iso_c", "iso_cts", "rewiring", "subspace_boosting")  # fill null spaces arbitrarily
 
