@@ -164,7 +164,7 @@ def user_error(error: BaseException, arguments: Sequence[str]) -> str | None:
     from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
-    chain = list(_causes(error))
+    chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, RotrlError):
             return str(cause)
@@ -186,7 +186,8 @@ def user_error(error: BaseException, arguments: Sequence[str]) -> str | None:
     return refused and f"{refused}; free the disk, or choose another output, run_dir or cache_dir"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -16,9 +16,21 @@ class CheckpointError(RotrlError):
     """A checkpoint is absent, broken, or does not fit the others."""
 
 
+class Absent(RotrlError):
+    """What is on the hub is neither in its cache nor reachable; nothing that was asked is wrong."""
+
+
 class NumericsError(RotrlError):
     """A computation has no valid result on this input (det -1, NaN, lost orthogonality)."""
 
 
 class EvaluationError(RotrlError):
     """An evaluation can't give an honest score (sandbox too weak, prompt too long, engine dead)."""
+
+
+class NoData(EvaluationError, Absent):
+    """Problems of a data set of the hub."""
+
+
+class NoModel(CheckpointError, Absent):
+    """A model of the hub."""

@@ -16,7 +16,7 @@ from rotrl.align.family import Family
 from rotrl.align.models import load_models, recompute_layers
 from rotrl.align.module import LogitAlignment
 from rotrl.align.parametrization import Rotations, Term, Turns
-from rotrl.align.ranks import in_ranks, is_rank
+from rotrl.align.ranks import in_ranks, is_rank, leave_at_exit
 from rotrl.align.results import write_results
 from rotrl.align.source import Problem, pose, refuse_reflections
 from rotrl.align.squares import ActivationAlignment, WeightAlignment
@@ -96,6 +96,8 @@ def learn(
     check(asked, sampled=bool(rollouts))
     with quiet():
         count = 1 if is_rank() else make_trainer(trainer, out).num_devices
+    if is_rank():
+        leave_at_exit()
     if count > 1:
         return in_ranks(partial(learn, **passed), count, progress)
     models = {"base": base, **(vectors or experts)}

@@ -40,8 +40,8 @@ def plan_memory(
     `max_tokens`.
 
     An upper bound: everything that is held at some time of a step, together. Activations are what autograd keeps of
-    one layer times their number, with attention that keeps no scores; without
-    `max_tokens` prompts are not counted. ConfigError where the family can't be built.
+    one layer times their number, with attention that keeps no scores; without `max_tokens` prompts are not counted.
+    ConfigError where the family can't be built.
     """
     dtype = frozen_dtype(trainer)
     model = sum(math.prod(info.shape) for info in base.tensors.values()) * dtype.itemsize

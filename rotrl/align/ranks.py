@@ -1,5 +1,6 @@
 """One fit on several devices: the same call in one process for each, its ranks, which Lightning's DDP joins."""
 
+import atexit
 import os
 import signal
 import sys
@@ -70,6 +71,19 @@ def in_ranks(call: Callable[..., dict[str, Any]], count: int, progress: Progress
             rank.join()
 
 
+def leave_at_exit() -> None:
+    """Has a task of a Slurm step leave the group of its ranks when it ends, which Lightning does of NCCL's alone.
+
+    A process that ends within one may be aborted by its threads (pytorch issue 190489).
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _running(ranks: list[Any]) -> bool:
     codes = [rank.exitcode for rank in ranks]
     return None in codes and not any(codes)
@@ -108,7 +122,6 @@ def _rank(number: int, call: Callable[..., dict[str, Any]], count: int, port: in
         told.put(("error", error) if isinstance(error, RotrlError) else ("bug", traceback.format_exc()))
         sys.exit(1)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave()
     if number == 0:
         told.put(("result", result))

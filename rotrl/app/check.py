@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rotrl import config
-from rotrl.app.models import NotHere
-from rotrl.errors import ConfigError, EvaluationError, RotrlError
+from rotrl.errors import Absent, ConfigError, RotrlError
 from rotrl.evaluate.engine_settings import engine_hints
 from rotrl.evaluate.sampling import Sampling
 from rotrl.values import Count, hint_of, value_faults
@@ -43,7 +42,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
             if not refused:  # else what was refused before explains it
                 raise
     if len(refused) > 1:
-        kind = type(min(refused, key=lambda error: isinstance(error, NotHere | EvaluationError)))
+        kind = type(min(refused, key=lambda error: isinstance(error, Absent)))
         raise kind("; ".join(dict.fromkeys(map(str, refused))))
     if refused:
         raise refused[0]

@@ -6,13 +6,9 @@ from typing import Any
 
 from rotrl.checkpoint.family import open_family
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.errors import CheckpointError, ConfigError
+from rotrl.errors import CheckpointError, ConfigError, NoModel
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-
-
-class NotHere(CheckpointError):
-    """A model of the hub that is neither here nor reachable."""
 
 
 def locate(name: str, spec: Any, root: str | None = None) -> Path:
@@ -54,7 +50,7 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Path:
         last = repo.rsplit("/", 1)[-1]
         key = name if name.startswith("evidence.") else f"models.{name}"
         override = f"'{key}=DIR'" if "." in name else f"{key}=DIR"
-        raise NotHere(
+        raise NoModel(
             f"{name}: {repo} is neither in the hub's cache nor reachable ({type(error).__name__}); "
             f"give a local folder: models.root=DIR (holding {last}/) or {override}"
         ) from error
@@ -78,7 +74,7 @@ def locate_all(cfg: Mapping[str, Any]) -> tuple[Path, dict[str, Path], dict[str,
     experts = {name: find(f"experts.{name}", spec) for name, spec in (cfg.get("experts") or {}).items()}
     controls = {name: find(f"controls.{name}", spec) for name, spec in (cfg.get("controls") or {}).items()}
     if problems:
-        kind = NotHere if all(isinstance(problem, NotHere) for problem in problems) else CheckpointError
+        kind = NoModel if all(isinstance(problem, NoModel) for problem in problems) else CheckpointError
         raise kind("; ".join(map(str, problems)))
     return base, experts, controls
 

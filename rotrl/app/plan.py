@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rotrl.app import descent
-from rotrl.app.models import NotHere
 from rotrl.app.preflight import preflight
 from rotrl.app.prepare import Prepared, check_words, prepare
+from rotrl.errors import NoModel
 
 
 def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
@@ -24,7 +24,7 @@ def show_plan(cfg: dict[str, Any], given: Path | None = None) -> None:
     constants.HF_HUB_OFFLINE = True  # a plan downloads nothing
     try:
         prepared = prepare(cfg)
-    except NotHere as missing:
+    except NoModel as missing:
         methods, _ = check_words(cfg)
         console.print(f"[bold]models[/bold]\n  not here yet: {missing}", highlight=False)
         _stages(cfg, list(methods), console)

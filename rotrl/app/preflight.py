@@ -135,7 +135,8 @@ def check_outputs(prepared: Prepared, folder: Path) -> None:
     cfg, needed, target = prepared.cfg, 0, folder
     models = [prepared.base, *prepared.experts.values()]
     told = {"dtype": cfg["dtype"], "rounding": cfg["rounding"]}
-    aside = goes_aside(folder, cfg, prepared.digest, Record(folder / "record.json").data)
+    old = Record(folder / "record.json").data
+    aside = bool(old) and goes_aside(folder, cfg, prepared.digest, old)  # the digest reads every weight: ask it last
     for label, method in prepared.methods.items():
         target = target_of(prepared, folder, label)
         inputs = {**told, "merge": method.config}

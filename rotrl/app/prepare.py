@@ -15,7 +15,7 @@ from rotrl.app.models import open_models, open_others
 from rotrl.app.stage import digest, source_digest
 from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
-from rotrl.errors import ConfigError, EvaluationError
+from rotrl.errors import Absent, ConfigError, EvaluationError, NoData
 from rotrl.evaluate.task import Task, custom
 from rotrl.merge.check import renamed
 from rotrl.merge.given import open_given
@@ -229,7 +229,7 @@ def check_rebase(cfg: Mapping[str, Any], experts: Mapping[str, Checkpoint]) -> N
 def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
     from hydra.utils import instantiate
 
-    tasks, problems = [], []
+    tasks, problems, wrong = [], [], False
     for node in (cfg["evaluation"] or {"tasks": {}})["tasks"].values():
         try:
             tasks.append(instantiate(node))
@@ -238,8 +238,9 @@ def load_tasks(cfg: Mapping[str, Any]) -> list[Task]:
             if reason is None:
                 raise
             problems.append(reason)
+            wrong = wrong or not any(isinstance(cause, Absent) for cause in config.causes(error))
     if problems:
-        raise EvaluationError("; ".join(problems))
+        raise (EvaluationError if wrong else NoData)("; ".join(problems))
     if cfg["evaluation"] and not tasks:
         raise ConfigError("evaluation has no tasks; choose some, or evaluation=none")
     names, select = [task.name for task in tasks], (cfg["evaluation"] or {}).get("select") or []

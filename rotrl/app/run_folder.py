@@ -52,8 +52,8 @@ def settle(
 
 
 def goes_aside(folder: Path, cfg: dict[str, Any], digest: str, old: dict[str, Any]) -> bool:
-    """Whether the run in the folder is moved aside for the run of this digest."""
-    return bool(old) and (cfg["overwrite"] or (is_numbered(folder, cfg) and old["digest"] != digest))
+    """Whether the run in the folder is moved aside for the run of this digest; not where the user named the folder."""
+    return bool(old) and (cfg["overwrite"] or (folder != Path(cfg["run_dir"] or "") and old["digest"] != digest))
 
 
 def check_movable(folder: Path, cfg: dict[str, Any], reads: Iterable[Path], old: dict[str, Any]) -> None:
@@ -69,11 +69,6 @@ def check_movable(folder: Path, cfg: dict[str, Any], reads: Iterable[Path], old:
                 f"{folder} holds {path}, which this run reads, and would be moved aside; choose another run_dir, in a "
                 "multirun hydra.sweep.dir"
             )
-
-
-def is_numbered(folder: Path, cfg: dict[str, Any]) -> bool:
-    """Whether a multirun or the digest named the run folder, and not the user."""
-    return folder != Path(cfg["run_dir"] or "")
 
 
 def anchored(data: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Any]:

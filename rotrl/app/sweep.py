@@ -61,9 +61,9 @@ def show_table() -> None:
     paths = [path for path in jobs if path.stat().st_mtime_ns >= SweepCallback.began]
     paths.sort(key=lambda path: int(path.parent.name))  # a job that was refused has left no record
     records = [json.loads(path.read_text()) | {"job": int(path.parent.name)} for path in paths]
-    console = Console()
     if not (records or SweepCallback.runs):
         return
+    console = Console()
     if records:
         sweep_table(records, console)
     if page := render_sweep(records, folder):

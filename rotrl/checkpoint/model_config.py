@@ -38,6 +38,12 @@ def of_text(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **_map(config, "text_config")}
 
 
+def tied(config: Mapping[str, Any]) -> Any:
+    """Whether head and embedding are one; None where not said. transformers 5 reads the outer value."""
+    key = "tie_word_embeddings"
+    return config.get(key, of_text(config).get(key))
+
+
 def with_text(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A configuration with another value of the language model's, in `text_config` and wherever else it is said."""
     text = _map(config, "text_config")
@@ -62,7 +68,7 @@ def config_differences(base: Mapping[str, Any], expert: Mapping[str, Any]) -> li
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**of_text(config), "model_type": config.get("model_type")}
+    found = {**of_text(config), "model_type": config.get("model_type"), "tie_word_embeddings": tied(config)}
     said = {key: value for key, value in found.items() if value is not None or key in OFF}
     if said.get("use_sliding_window") is False:
         said.pop("sliding_window", None)  # versions of transformers write a number or null there

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rotrl.checkpoint.header import TensorInfo, config_faults, read_json, tensors_of
 from rotrl.checkpoint.layout import role_of
-from rotrl.checkpoint.model_config import REMEDIES, config_differences, of_text
+from rotrl.checkpoint.model_config import REMEDIES, config_differences, tied
 from rotrl.checkpoint.tokens import token_faults
 from rotrl.errors import CheckpointError
 
@@ -154,13 +154,13 @@ def _with_one_head(model: Checkpoint) -> Checkpoint:
     CheckpointError where config and tensors disagree: one engine would load the head, another the embedding.
     """
     head, embedding = named(model, "head"), named(model, "embedding")
-    tied = model.config.get("tie_word_embeddings", of_text(model.config).get("tie_word_embeddings"))
-    if tied is False and embedding and not head:
+    one = tied(model.config)
+    if one is False and embedding and not head:
         raise CheckpointError(
             f"{model.path / 'config.json'}: tie_word_embeddings is false and no file holds a head such as "
             "'lm_head.weight'; get the missing tensor or set it to true"
         )
-    if not (tied and head and embedding):
+    if not (one and head and embedding):
         return model
     if not torch.equal(model.view(head), model.view(embedding)):
         raise CheckpointError(

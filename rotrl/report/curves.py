@@ -26,12 +26,12 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if key is None:
         return {}
     cells: dict[Place, list[tuple[Row, Mapping[str, Any]]]] = {}
-    tables = [standings(record) for record in records]
+    tables, several = [standings(record) for record in records], _several(records)
     for record, table, own in zip(records, tables, given, strict=True):
         rest = " ".join(f"{name}={value}" for name, value in own.items() if name not in (key, SEED))
         for row in table.rows:
             if row.mean:
-                name = f"{row.model} {rest}".strip() if row.role == "merge" else row.model
+                name = f"{row.model} {rest}".strip() if row.role == "merge" or row.model in several else row.model
                 cells.setdefault((name, own[key]), []).append((row, record))
     if not cells:
         return {}
@@ -49,6 +49,15 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tried": sum(row["role"] == "merge" for row in rows),
         "ceiling": sum(ceilings) / len(ceilings) if ceilings else None,
     }
+
+
+def _several(records: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of experts that have other weights in other jobs."""
+    weights: dict[str, set[Any]] = {}
+    for record in records:
+        for name, facts in ((record.get("models") or {}).get("experts") or {}).items():
+            weights.setdefault(name, set()).add(facts.get("sha256"))
+    return {name for name, found in weights.items() if len(found) > 1}
 
 
 def by_value(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple[str, ...], dict[str, Interval]]:

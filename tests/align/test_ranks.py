@@ -63,8 +63,10 @@ def test_two_spawned_ranks_end_where_one_process_does(call, tmp_path: Path, capf
 
 
 TASK = """
-import json, sys
+import atexit, json, sys
 from pathlib import Path
+import torch
+atexit.register(lambda: print("in a group at its end:", torch.distributed.is_initialized(), file=sys.stderr))
 from rotrl.align.fit import lora
 from rotrl.checkpoint.reader import open_checkpoint
 base, math, code, a, b, out, hyper = sys.argv[1:]
@@ -88,12 +90,15 @@ def test_two_tasks_of_a_slurm_step_end_where_one_process_does(pair, call, tmp_pa
             command,
             env=os.environ | step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for task in range(2)
     ]
-    first, second = (task.communicate(timeout=200)[0] for task in tasks)
-    assert [task.returncode for task in tasks] == [0, 0]
+    (first, one), (second, other) = (task.communicate(timeout=200) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], one + other
+    assert "in a group at its end: False" in one
+    assert "in a group at its end: False" in other
     assert second == "{}\n"
     check_equal(tmp_path / "one", tmp_path / "two", whole, json.loads(first))
 

@@ -88,6 +88,20 @@ def test_equal_weights_with_other_scores_are_not_the_same(records):
     assert cell(found, "math", "")["jobs"] == 2
 
 
+def test_experts_of_one_name_and_other_weights_are_not_averaged(records):
+    given = [copy.deepcopy(record) for record in (records[0], records[0], records[2], records[2])]
+    for record, folder in zip(given, ("A", "B") * 2, strict=True):
+        record["config"]["models"] = {"experts": {"math": folder}}
+        record["models"]["experts"]["math"]["sha256"] = folder
+        for row in record["scores"]:
+            for key in ("value", "low", "high"):
+                row[key] -= 0.1 * (row["model"] == "math" and folder == "B")
+    found = curves(given)
+    first, second = (cell(found, f"math models.experts.math={folder}", "") for folder in ("A", "B"))
+    assert first["mean"] - second["mean"] == pytest.approx(0.1)
+    assert first["jobs"] == second["jobs"] == cell(found, "code", "")["jobs"] == 1
+
+
 def test_one_job_for_each_merge_is_not_one_for_each_seed(records):
     """Base and experts stand in every job: where their scores go with the value they are one model at each."""
     given = [copy.deepcopy(record) for record in (records[0], records[0], records[2], records[2])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotrl.errors import EvaluationError
+from rotrl.errors import EvaluationError, NoData
 from rotrl.evaluate.task import Problem, Task
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -39,7 +39,7 @@ def fetch(source: Source, file: str, revision: str | None) -> tuple[Path, str]:
     """Local path of one file of the hub's data set, and the commit that it is of; `revision=None` is the newest.
 
     A commit in the hub's cache is used without the network, and without a network whatever the cache has.
-    Raises EvaluationError where the file is neither there nor reachable.
+    Raises NoData where the file is neither there nor reachable.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -59,7 +59,7 @@ def fetch(source: Source, file: str, revision: str | None) -> tuple[Path, str]:
             return path, _commit(path, file)
         except Exception as error:  # "no network", "no such revision" and "gated" share no base class in this client
             reasons.append(type(error).__name__)
-    raise EvaluationError(
+    raise NoData(
         f"{source.name}: {source.repo} ({file}) is neither in the hub's cache nor reachable "
         f"({', '.join(reasons)}); give a local copy: {source.key}.path=DIR"
     )
