@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rotrl.checkpoint.reader import open_checkpoint
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 from rotrl.zoo import zoo_path
 
 EXPERTS = ("math", "code")

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.config import compose
+from rotrl.merge.bind import bind
 from rotrl.merge.chunks import Chunks
 from rotrl.merge.engine import merge
-from rotrl.merge.method import Method, bind
+from rotrl.merge.method import Method
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 1536, 8960, 256, 151936
 UPDATE = 8e-4

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from rotrl import config
 from rotrl.errors import ConfigError
-from rotrl.merge.method import bind
+from rotrl.merge.bind import bind
 
 CONF = Path(config.config_dir())
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -71,8 +71,8 @@ def pose(
     mixed = check_problem(list(experts), source=source, start=start, teachers=teachers, mix=mix)
     chosen = {name: experts[name] for name in mixed}
     if source == "start":
+        from rotrl.merge.bind import bind
         from rotrl.merge.engine import merge_state
-        from rotrl.merge.method import bind
 
         spec = dict(start or {})
         merged = merge_state(base, vectors, bind(spec, list(vectors)))

@@ -5,8 +5,9 @@ from typing import Any
 
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import ConfigError
+from rotrl.merge.bind import bind
 from rotrl.merge.check import pattern_faults, renamed
-from rotrl.merge.method import Method, bind
+from rotrl.merge.method import Method
 
 
 def methods_of(cfg: Mapping[str, Any]) -> tuple[dict[str, Method], dict[str, str]]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rotrl.app import descent
 from rotrl.app.preflight import preflight
 from rotrl.app.prepare import Prepared, check_words, prepare
+from rotrl.checkpoint.header import word_of
 from rotrl.errors import NoModel
 
 
@@ -53,7 +54,7 @@ def _models(prepared: Prepared, console: Console) -> None:
         infos = model.tensors
         size = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values())
         matrices = sum(role_of(key, info.shape).is_matrix for key, info in infos.items())
-        dtypes = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
+        dtypes = ", ".join(sorted({word_of(info.dtype) for info in infos.values()}))
         table.add_row(name, str(len(infos)), str(matrices), f"{size / 1e9:.3f}", dtypes, str(model.path))
     console.print(table)
 
@@ -106,7 +107,7 @@ def _descent(prepared: Prepared, console: Console) -> None:
 
 
 def _merges(prepared: Prepared, console: Console) -> None:
-    from rotrl.merge.engine import plan_merge
+    from rotrl.merge.plan import plan_merge
 
     table, total, warnings = Table("merge", "scale", "reads of the inputs", "GB at most"), 0, []
     turned: list[str] = []

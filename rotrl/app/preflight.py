@@ -130,7 +130,7 @@ def _place_faults(key: str, place: Path, models: list[Checkpoint]) -> Iterator[s
 
 def check_outputs(prepared: Prepared, folder: Path) -> None:
     """Refuses outputs that no merge may take, and merges that the disk has no room for."""
-    from rotrl.merge.engine import plan_merge
+    from rotrl.merge.plan import plan_merge
 
     cfg, needed, target = prepared.cfg, 0, folder
     models = [prepared.base, *prepared.experts.values()]

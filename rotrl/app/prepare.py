@@ -17,9 +17,10 @@ from rotrl.checkpoint.files import file_sha256
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.errors import Absent, ConfigError, EvaluationError, NoData
 from rotrl.evaluate.task import Task, custom
+from rotrl.merge.bind import bind
 from rotrl.merge.check import renamed
 from rotrl.merge.given import open_given
-from rotrl.merge.method import Method, bind
+from rotrl.merge.method import Method
 from rotrl.merge.signature import parameters_of
 
 # Keys that say where and how a run is shown, not what it computes.

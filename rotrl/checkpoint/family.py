@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotrl.checkpoint.adapter import is_adapter, names_its_base, open_adapter
-from rotrl.checkpoint.header import TensorInfo
+from rotrl.checkpoint.header import TensorInfo, word_of
 from rotrl.checkpoint.layout import by_structure, role_of
 from rotrl.checkpoint.model_config import with_text
 from rotrl.checkpoint.reader import Checkpoint, check_family, named, open_checkpoint
@@ -70,7 +70,7 @@ def notes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
     kinds = {name: Counter(info.dtype for info in model.tensors.values()) for name, model in experts.items()}
     for name, count in {"base": Counter(info.dtype for info in base.tensors.values()), **kinds}.items():
         if len(count) > 1:
-            mixture = ", ".join(f"{number} in {_word(dtype)}" for dtype, number in count.most_common())
+            mixture = ", ".join(f"{number} in {word_of(dtype)}" for dtype, number in count.most_common())
             told.append(f"{name} mixes dtypes: {mixture}")
     return told
 
@@ -217,7 +217,3 @@ def _each(models: Mapping[str, Checkpoint], change: Callable[[Checkpoint], Check
     if faults:
         raise CheckpointError("; ".join(faults))
     return changed
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

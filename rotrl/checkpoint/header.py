@@ -20,6 +20,11 @@ QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_in
 _ODD_NAME = re.compile(r"[^\x21-\x7e]|[/\\]|\.\.")
 
 
+def word_of(dtype: torch.dtype) -> str:
+    """A dtype as configurations write it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """`stored` is the name in `file`, where it differs from the tensor's own."""

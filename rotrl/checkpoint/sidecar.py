@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from rotrl.checkpoint.files import file_sha256, whole_file
+from rotrl.checkpoint.header import word_of
 from rotrl.checkpoint.reader import Checkpoint
 from rotrl.checkpoint.writer import write_json
 
@@ -54,7 +55,7 @@ A merge of {{ experts }} over {{ base }} by `{{ method }}`, made with rotrl.
 def copy_sidecars(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """config.json with the new dtype, and tokenizer, chat template and generation config as they are."""
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-    write_json(folder / "config.json", {**source.config, key: str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", {**source.config, key: word_of(dtype)})
     for name, file in _sidecars(source).items():
         with whole_file(folder / name) as temporary:
             shutil.copyfile(file, temporary)

@@ -1,8 +1,7 @@
-"""Plans a merge from headers, then streams it: per tensor read, merge, cast, write, measure."""
+"""Streams a merge: per tensor read, merge, cast, write, measure."""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 import rotrl
-from rotrl.checkpoint.family import notes as header_notes
 from rotrl.checkpoint.files import file_sha256
-from rotrl.checkpoint.layout import MATRICES, Role, role_of
-from rotrl.checkpoint.reader import Checkpoint, check_family, check_unchanged
-from rotrl.checkpoint.rotations import RotationsFile, open_rotations
+from rotrl.checkpoint.header import word_of
+from rotrl.checkpoint.reader import Checkpoint, check_unchanged
 from rotrl.checkpoint.rounding import ROUNDINGS
 from rotrl.checkpoint.sidecar import copy_sidecars, model_name, sidecar_digest, write_card, write_config
 from rotrl.checkpoint.staging import AlreadyPublished, staging
@@ -25,68 +22,13 @@ from rotrl.errors import ConfigError
 from rotrl.merge.measure import Measure
 from rotrl.merge.merger import Merger
 from rotrl.merge.method import Method
-from rotrl.merge.rotation import how
+from rotrl.merge.plan import dtype_of, plan_merge, stored_dtype
 from rotrl.merge.stream import Stream, devices
 from rotrl.merge.target import check_space, fingerprint, reusable
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_LIMIT = 0.01
 PROBES = 8
 NUMBERS = 8  # raised whenever the same configuration gives other numbers than before
-
-
-def plan_merge(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], method: Method, *, dtype: str = "auto"
-) -> dict[str, Any]:
-    """What a merge will do, by headers: tensors by role, bytes, scale (None without), passes, peak memory, warnings.
-
-    `rotations` maps how a matrix is turned, in words, to the modules that are; `given` says what files hold.
-    """
-    check_family(base, experts)
-    roles = {name: role_of(name, info.shape) for name, info in base.tensors.items()}
-    sizes = {name: math.prod(info.shape) for name, info in base.tensors.items()}
-    acted = [name for name, info in base.tensors.items() if method.acts_on(roles[name], len(info.shape))]
-    stored = _stored(base)
-    widest = torch.float32 if dtype == "auto" else _dtype(dtype)
-    warnings = header_notes(base, experts)
-    for name, expert in experts.items():
-        if _stored(expert) != stored:
-            warnings.append(f"expert {name} is stored in {_word(_stored(expert))}, the base in {_word(stored)}")
-    rows = {name: method.rows(name, roles[name], info.shape) for name, info in base.tensors.items()}
-    held = [
-        size if (some := rows[name]) is None else min(size, some * math.prod(base.tensors[name].shape[1:]))
-        for name, size in sizes.items()
-    ]
-    return {
-        "tensors": dict(Counter(role.module for role in roles.values())),
-        "by_method": len(acted),
-        "by_linear_rule": len(roles) - len(acted),
-        "parameters": sum(sizes.values()),
-        "bytes": sum(sizes.values()) * widest.itemsize,
-        "dtype": dtype,
-        "scale": method.scale,
-        "passes": method.passes,
-        "precision": _word(method.precision),
-        "rotations": _rotations(base, method, roles),
-        "given": {name: _words(open_rotations(path)) for name, path in method.rotation_files.items()},
-        "peak_bytes": max(held) * method.precision.itemsize * (2 * len(experts) + 4),
-        "warnings": warnings,
-    }
-
-
-def _rotations(base: Checkpoint, method: Method, roles: Mapping[str, Role]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, role in roles.items():
-        shape = base.tensors[name].shape
-        side = method.side(name, role) if method.acts_on(role, len(shape)) else None
-        if side is not None and role.module not in (modules := found.setdefault(how(shape, side), [])):
-            modules.append(role.module)
-    return {told: sorted(modules, key=[*MATRICES, *modules].index) for told, modules in found.items()}
-
-
-def _words(file: RotationsFile) -> str:
-    by = ", ".join(file.metadata[key] for key in ("parametrization", "objective") if key in file.metadata)
-    return f"{len(file.sides)} rotations of {file.path}" + (f" ({by})" if by else "")
 
 
 def merge_state(
@@ -126,7 +68,7 @@ def merge(
     """
     begun, target = time.monotonic(), Path(target)
     if dtype != "auto":
-        _dtype(dtype)
+        dtype_of(dtype)
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding is {rounding!r}, one of {', '.join(ROUNDINGS)} is expected")
     where = devices(device)
@@ -184,7 +126,7 @@ def _publish(
         names = [model_name(model.given, commit=True) for model in models]
         configuration = write_config(folder, {**inputs, "names": names})
         facts = {
-            "stored in": f"{_word(dtype)}, which loses {measure.storage_loss:.2g} of the update",
+            "stored in": f"{word_of(dtype)}, which loses {measure.storage_loss:.2g} of the update",
             "effective coefficient": f"{measure.effective_coefficient:.3g}",
             "update over mean expert update": f"{measure.norm_ratio:.3g}",
             "weights sha256": sha256,
@@ -203,7 +145,7 @@ def _publish(
             "fingerprint": fingerprint(inputs),
             "inputs": inputs,
             "weights_sha256": sha256,
-            "dtype": _word(dtype),
+            "dtype": word_of(dtype),
             "effective_coefficient": measure.effective_coefficient,
             "coefficients": measure.coefficients,
             "norm_ratio": measure.norm_ratio,
@@ -218,7 +160,7 @@ def _publish(
 def _write(stream: Stream, dtype: str, notes: list[str]) -> tuple[torch.dtype, Measure, str, Entries]:
     """The weights in the first dtype that keeps the update, judged on a few tensors, then on all."""
     merger = stream.merger
-    stored = _stored(merger.base) if dtype == "auto" else _dtype(dtype)
+    stored = stored_dtype(merger.base) if dtype == "auto" else dtype_of(dtype)
     if dtype == "auto" and stored.itemsize == 2:
         judged = [name for name in merger.acted if not merger.in_span(name)] or merger.acted
         probes = judged[:: math.ceil(len(judged) / PROBES)]
@@ -227,12 +169,12 @@ def _write(stream: Stream, dtype: str, notes: list[str]) -> tuple[torch.dtype, M
             measure, sha256, files = stream.write(stored)
             if (loss := measure.storage_loss) < LOSS_LIMIT:
                 return stored, measure, sha256, files
-        notes.append(f"stored in float32: {_word(stored)} would lose {loss:.2g} of the update")
+        notes.append(f"stored in float32: {word_of(stored)} would lose {loss:.2g} of the update")
     if dtype == "auto":
         stored = torch.float32
     measure, sha256, files = stream.write(stored)
     if measure.storage_loss >= LOSS_LIMIT:
-        notes.append(f"{_word(stored)} loses {measure.storage_loss:.2g} of the update; dtype=float32 keeps it")
+        notes.append(f"{word_of(stored)} loses {measure.storage_loss:.2g} of the update; dtype=float32 keeps it")
     notes += [f"expert {name} equals the base" for name in merger.experts if not measure.norm_of(name)]
     return stored, measure, sha256, files
 
@@ -253,21 +195,3 @@ def _inputs(merger: Merger, dtype: str, rounding: str, rotations: Path | None) -
         "sidecars": sidecar_digest(merger.base),
         "numbers": NUMBERS,
     }
-
-
-def _stored(model: Checkpoint) -> torch.dtype:
-    """The dtype of most of a checkpoint's values."""
-    sizes = Counter[torch.dtype]()
-    for info in model.tensors.values():
-        sizes[info.dtype] += math.prod(info.shape)
-    return sizes.most_common(1)[0][0]
-
-
-def _dtype(word: str) -> torch.dtype:
-    if word not in DTYPES:
-        raise ConfigError(f"dtype is {word!r}, one of auto, {', '.join(DTYPES)} is expected")
-    return DTYPES[word]
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,10 +13,11 @@ from rotrl.checkpoint.layout import role_of
 from rotrl.checkpoint.reader import Checkpoint, check_family
 from rotrl.checkpoint.rotations import RotationsFile
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
+from rotrl.merge.bind import bind
 from rotrl.merge.check import pattern_faults
 from rotrl.merge.chunks import Chunks, finite
 from rotrl.merge.given import open_fitting, open_given
-from rotrl.merge.method import Method, bind
+from rotrl.merge.method import Method
 from rotrl.merge.scale import GLOBAL, Merged, Sums
 from rotrl.merge.statistics import Statistics
 

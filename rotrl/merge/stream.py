@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rotrl.checkpoint.header import word_of
 from rotrl.checkpoint.rounding import cast
 from rotrl.checkpoint.writer import Entries, write_weights
 from rotrl.errors import ConfigError, NumericsError
@@ -95,8 +96,7 @@ class Stream:
             stored = cast(merged, dtype, self.rounding, f"{name} {number}" if number else name)
             measure.add(base, experts, merged, stored)
             if self.merger.base.finite and not measure.lost < float("inf"):
-                word = str(dtype).removeprefix("torch.")
-                raise NumericsError(f"tensor '{name}': values overflow {word}; use dtype=float32")
+                raise NumericsError(f"tensor '{name}': values overflow {word_of(dtype)}; use dtype=float32")
             yield stored
 
 

@@ -17,8 +17,8 @@ from rotrl.align.results import learned_file
 from rotrl.checkpoint.rotations import Rotation, open_rotations
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.linalg.rotation import exp, log
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 
 HYPER = {"steps": 8, "batch": 8, "checkpoint_every": 3}
 START = {"_target_": "rotrl.merge.linear.task_arithmetic", "_partial_": True, "scale": 1.0}

@@ -16,8 +16,8 @@ from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.checkpoint.rotations import Rotation, open_rotations
 from rotrl.errors import CheckpointError, ConfigError
 from rotrl.linalg.rotation import exp
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 
 HYPER = {"steps": 12, "batch": 8, "lr": 2e-3, "checkpoint_every": 3}
 

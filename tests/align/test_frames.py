@@ -21,8 +21,8 @@ from rotrl.errors import ConfigError
 from rotrl.linalg.frames import frame_angles, polar_factors, smallest_turn
 from rotrl.linalg.procrustes import procrustes as nearest_rotation
 from rotrl.linalg.rotation import exp, geodesic, orthogonality_error
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 
 STEPS = 300  # the budget of a planted frame
 SHAPES = {"wide0": (4, 12), "wide1": (4, 12), "tall": (12, 4), "taller": (13, 4), "square": (6, 6)}

@@ -6,8 +6,8 @@ import torch
 from rotrl.checkpoint.family import open_family
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import CheckpointError, ConfigError
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge
-from rotrl.merge.method import bind
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

@@ -11,8 +11,8 @@ from rotrl.checkpoint.reader import check_family, open_checkpoint
 from rotrl.checkpoint.sidecar import copy_sidecars
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import CheckpointError
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge
-from rotrl.merge.method import bind
 
 GEMMA = {
     "model_type": "gemma3_text",

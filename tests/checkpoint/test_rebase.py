@@ -9,8 +9,8 @@ from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
 from rotrl.checkpoint.rebase import rebase
 from rotrl.errors import CheckpointError
 from rotrl.linalg.gauge import head_rotation, neurons, rope_rotation
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 
 SUM = {"_target_": "rotrl.merge.linear.task_arithmetic", "_partial_": True, "scale": 1.0, "scope": "all"}
 

@@ -17,8 +17,9 @@ from rotrl.checkpoint.staging import JOURNAL, abandoned, finished, staging
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import ConfigError
 from rotrl.merge import stream
-from rotrl.merge.engine import merge, plan_merge
-from rotrl.merge.method import bind
+from rotrl.merge.bind import bind
+from rotrl.merge.engine import merge
+from rotrl.merge.plan import plan_merge
 
 EXPERTS = ["math", "code"]
 LINEAR = bind({"_target_": "rotrl.merge.linear.linear"}, EXPERTS)

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from rotrl.checkpoint.reader import Checkpoint, open_checkpoint
-from rotrl.merge.method import Method, bind
+from rotrl.merge.bind import bind
+from rotrl.merge.method import Method
 
 CONF = Path(__file__).parents[2] / "conf" / "merge"
 

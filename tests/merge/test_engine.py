@@ -20,7 +20,8 @@ from rotrl.checkpoint.rotations import Rotation, save_rotations
 from rotrl.checkpoint.verify import verify
 from rotrl.errors import CheckpointError, ConfigError, NumericsError
 from rotrl.linalg.rotation import exp
-from rotrl.merge.engine import merge, merge_state, plan_merge
+from rotrl.merge.engine import merge, merge_state
+from rotrl.merge.plan import plan_merge
 
 METHODS = sorted(
     path.stem
@@ -226,7 +227,7 @@ def test_error_while_overwriting_keeps_the_old(trio, method, tmp_path):
 
 
 def _merge_and_die(paths, config, target):
-    from rotrl.merge.method import bind
+    from rotrl.merge.bind import bind
 
     base, experts = open_checkpoint(paths[0]), {p.name: open_checkpoint(p) for p in paths[1:]}
 

@@ -16,9 +16,9 @@ from rotrl.checkpoint.writer import write_json, write_weights
 from rotrl.errors import ConfigError, NumericsError
 from rotrl.linalg.rotation import exp
 from rotrl.merge import chunks
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge, merge_state
 from rotrl.merge.merger import Merger
-from rotrl.merge.method import bind
 
 METHODS = sorted(
     path.stem

@@ -14,9 +14,10 @@ from rotrl.errors import ConfigError
 from rotrl.linalg.frames import polar_factors, smallest_turn
 from rotrl.linalg.procrustes import procrustes
 from rotrl.linalg.rotation import exp
-from rotrl.merge.engine import merge, merge_state, plan_merge
+from rotrl.merge.engine import merge, merge_state
 from rotrl.merge.given import from_samples
 from rotrl.merge.mean_rotation import chordal, karcher_rotation, lie_mean
+from rotrl.merge.plan import plan_merge
 from rotrl.merge.rotation import learned, lie_sum, sequential
 
 SEEDS = st.integers(0, 10**6)

@@ -8,7 +8,8 @@ import torch
 
 from rotrl.checkpoint.layout import Role
 from rotrl.errors import ConfigError
-from rotrl.merge.method import GIVEN, bind, tensor_seed
+from rotrl.merge.bind import bind
+from rotrl.merge.method import GIVEN, tensor_seed
 
 NAMES = sorted(
     path.stem

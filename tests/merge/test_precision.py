@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from rotrl.checkpoint.rotations import Rotation, save_rotations
 from rotrl.checkpoint.rounding import cast
-from rotrl.merge.engine import merge, merge_state, plan_merge
+from rotrl.merge.engine import merge, merge_state
+from rotrl.merge.plan import plan_merge
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

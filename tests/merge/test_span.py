@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from rotrl.checkpoint.layout import Role
 from rotrl.errors import ConfigError, NumericsError
 from rotrl.merge import chunks, span
+from rotrl.merge.bind import bind
 from rotrl.merge.engine import merge_state
-from rotrl.merge.method import bind
 from rotrl.merge.signature import function_of, kind_of
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -6,7 +6,8 @@ import torch
 
 from rotrl.checkpoint.reader import open_checkpoint
 from rotrl.errors import ConfigError
-from rotrl.merge.engine import merge, merge_state, plan_merge
+from rotrl.merge.engine import merge, merge_state
+from rotrl.merge.plan import plan_merge
 from rotrl.merge.sparse import trim
 from rotrl.merge.statistics import Magnitudes, Overlap
 
@@ -35,7 +36,7 @@ def changed(trio, state):
 
 
 def test_ties_with_one_threshold_for_the_model(tensors, save, shipped):
-    from rotrl.merge.method import bind
+    from rotrl.merge.bind import bind
 
     base = tensors(0)
     expert = {name: w + (10 if name == Q else 1) * torch.randn(w.shape) for name, w in base.items()}
